@@ -1,0 +1,73 @@
+"""TrainOnce: You Only Compute Once.
+
+PyTorch training that survives dead, hung and dying processes with no rollback and no
+recompute, and computations that are evaluated exactly once.
+
+Importing this package has no side effect and does not import torch: each public name is
+loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainonce.errors import TrainOnceError as TrainOnceError
+    from trainonce.graph.executor import compute as compute
+    from trainonce.graph.features.evaluate import features as features
+    from trainonce.graph.features.memoize import memoize as memoize
+    from trainonce.graph.node import Dir as Dir
+    from trainonce.graph.node import File as File
+    from trainonce.graph.node import node as node
+    from trainonce.graph.store import Store as Store
+    from trainonce.graph.store import open_store as open_store
+    from trainonce.worker.session import Run as Run
+    from trainonce.worker.session import init as init
+    from trainonce.worker.values import LOST as LOST
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. One line a name; the docs list exactly these.
+_EXPORTS = {
+    "init": "trainonce.worker.session",
+    "Run": "trainonce.worker.session",
+    "LOST": "trainonce.worker.values",
+    "TrainOnceError": "trainonce.errors",
+    "features": "trainonce.graph.features.evaluate",
+    "memoize": "trainonce.graph.features.memoize",
+    "node": "trainonce.graph.node",
+    "compute": "trainonce.graph.executor",
+    "File": "trainonce.graph.node",
+    "Dir": "trainonce.graph.node",
+    "Store": "trainonce.graph.store",
+    "open_store": "trainonce.graph.store",
+}
+
+__all__ = [
+    "Dir",
+    "File",
+    "LOST",
+    "Run",
+    "Store",
+    "TrainOnceError",
+    "__version__",
+    "compute",
+    "features",
+    "init",
+    "memoize",
+    "node",
+    "open_store",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module at first use."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'trainonce' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)

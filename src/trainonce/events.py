@@ -1,0 +1,287 @@
+"""The typed records that every part reports.
+
+The ledger and the dashboard know these, and not the parts that emit them. An event is a
+frozen dataclass of plain values; `to_record` and `from_record` carry it as JSON. Adding a
+field with a default keeps old ledgers readable; renaming or removing one needs a new kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from trainonce.errors import LedgerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events.
+
+    Args:
+        wall_s: When it happened, seconds since the epoch on the reporting host.
+        mono_s: The same instant on that host's monotonic clock.
+    """
+
+    kind: ClassVar[str] = "event"
+    wall_s: float = 0.0
+    mono_s: float = 0.0
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the event as plain values, its kind included."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStarted(Event):
+    """A job begins."""
+
+    kind: ClassVar[str] = "job_started"
+    job: str
+    script: str
+    command: list[str]
+    world_size: int
+    spares: int
+    host: str
+    project: str = "default"
+    versions: dict[str, str] = field(default_factory=lambda: {})
+    resumed_from: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEnded(Event):
+    """A job is over. `outcome`: "completed", "failed", "interrupted" or "lost"."""
+
+    kind: ClassVar[str] = "job_ended"
+    outcome: str
+    exit_code: int
+    steps: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationFormed(Event):
+    """All ranks are consistent in a new generation."""
+
+    kind: ClassVar[str] = "generation_formed"
+    generation: int
+    incarnation: int
+    pids: list[int]
+    newcomers: list[int]
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident(Event):
+    """A failure, a move or a false alarm, and how it was served.
+
+    Args:
+        incident: Counts from 1 within the job.
+        ranks: Which ranks it hit.
+        cause: "signal", "exit", "exception", "hang", "oom", "connection", "corruption",
+            "migration", "launcher".
+        detail: One phrase: "SIGKILL", "exit code 1", "no progress for 12.0 s".
+        detected_by: "process exit", "progress", "stopped process", "collective", "request",
+            "digest".
+        served_by: "migration", "rebuild", "reform", "mirror", "checkpoint", "restart",
+            "repair" or "none" where the job ended.
+        planned: A move that was asked for.
+        chaos: Injected by a fault plan.
+        step: Committed steps of the job when it happened.
+        detected_s: From the last sign of life to detection, seconds.
+        pause_s: From detection to the first rank's next committed step, seconds.
+        recovery_s: From detection until all ranks were consistent again, seconds.
+        steps_lost: Committed steps that had to be computed again.
+        micro_batches_recomputed: Shares of a step in flight that were computed again.
+        bytes_moved: Bytes of state moved.
+        digest_before: Digest of the replicated state as the donor gave it.
+        digest_after: The same as the newcomer received it.
+        waited_for_spare_s: Part of the pause spent waiting for a worker to start.
+    """
+
+    kind: ClassVar[str] = "incident"
+    incident: int
+    ranks: list[int]
+    cause: str
+    detail: str
+    detected_by: str
+    served_by: str
+    step: int
+    generation: int
+    planned: bool = False
+    chaos: bool = False
+    detected_s: float = 0.0
+    pause_s: float = 0.0
+    recovery_s: float = 0.0
+    steps_lost: int = 0
+    micro_batches_recomputed: int = 0
+    bytes_moved: int = 0
+    digest_before: str = ""
+    digest_after: str = ""
+    waited_for_spare_s: float = 0.0
+    host: str = ""
+    pids: list[int] = field(default_factory=lambda: [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultInjected(Event):
+    """A fault of the chaos plan fired."""
+
+    kind: ClassVar[str] = "fault_injected"
+    fault: str
+    rank: int
+    step: int
+    point: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressMade(Event):
+    """A sample of the job's progress, every few seconds and at the end."""
+
+    kind: ClassVar[str] = "progress"
+    step: int
+    samples: int
+    tokens: int
+    ranks_alive: int
+    spares_ready: int
+    step_s: float
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpareParked(Event):
+    """A spare waits for a rank."""
+
+    kind: ClassVar[str] = "spare_parked"
+    worker: int
+    pid: int
+    where: str
+    rehearsed: int
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A durable checkpoint was committed."""
+
+    kind: ClassVar[str] = "checkpoint_saved"
+    path: str
+    step: int
+    size_bytes: int
+    blocked_s: float
+    write_s: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSkipped(Event):
+    """A damaged or half-written checkpoint was passed over."""
+
+    kind: ClassVar[str] = "checkpoint_skipped"
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicasDiffer(Event):
+    """Replicated state was not equal on all ranks.
+
+    `repaired_from` is the rank whose copy was taken, or -1 where there was no majority.
+    """
+
+    kind: ClassVar[str] = "replicas_differ"
+    step: int
+    odd_ranks: list[int]
+    names: list[str]
+    repaired_from: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueLost(Event):
+    """The return value of a committed step went down with its process."""
+
+    kind: ClassVar[str] = "value_lost"
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSaved(Event):
+    """A stored result was used instead of computing it again."""
+
+    kind: ClassVar[str] = "compute_saved"
+    node: str
+    key: str
+    saved_s: float
+    read_s: float
+    energy_j: float = 0.0
+    energy_is_estimate: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyUsed(Event):
+    """Energy the job's devices used since the last such event, or since the job began.
+
+    Args:
+        energy_j: Joules.
+        source: "nvml", "rapl" or "tdp".
+        is_estimate: It was not measured.
+    """
+
+    kind: ClassVar[str] = "energy_used"
+    energy_j: float
+    source: str
+    is_estimate: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeverApplied(Event):
+    """A lever is on, and which share of the job's compute it is expected to save.
+
+    `basis` says where the expectation comes from: a committed benchmark, for one.
+    """
+
+    kind: ClassVar[str] = "lever_applied"
+    lever: str
+    expected_share: float
+    basis: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetCrossed(Event):
+    """What a job has used crossed a threshold of a budget; `metric` as in the budget."""
+
+    kind: ClassVar[str] = "budget_crossed"
+    budget: str
+    metric: str
+    limit: float
+    threshold: float
+    used: float
+
+
+_KINDS: dict[str, type[Event]] = {
+    cls.kind: cls
+    for cls in (
+        JobStarted, JobEnded, GenerationFormed, Incident, FaultInjected, ProgressMade,
+        SpareParked, CheckpointSaved, CheckpointSkipped, ReplicasDiffer, ValueLost,
+        ComputeSaved, EnergyUsed, LeverApplied, BudgetCrossed,
+    )
+}  # fmt: skip
+
+
+def from_record(record: dict[str, Any]) -> Event:
+    """Return the event in `record`.
+
+    Raises:
+        LedgerError: Its kind is unknown, or its fields do not fit.
+    """
+    values = dict(record)
+    kind = values.pop("kind", None)
+    cls = _KINDS.get(str(kind))
+    if cls is None:
+        raise LedgerError(f"unknown event kind {kind!r}", hint="a newer version wrote this ledger")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise LedgerError(f"event {kind!r} has other fields than expected: {error}") from error

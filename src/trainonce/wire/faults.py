@@ -1,0 +1,123 @@
+"""Fault plans: which fault hits which rank, at which step and point.
+
+The text form is what `trainonce run --chaos` takes::
+
+    kill rank=1 step=50 point=backward; stop rank=0 step=80; migrate rank=1 step=120;
+    random every=30s seed=7
+
+A fault fires at most once in a job. Kills, stops, exits and exceptions are carried out by
+the worker itself at the named point, so that they hit exactly there; migrations, resets and
+random faults come from the launcher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from trainonce.errors import ConfigError
+
+# Where a worker can be hit. `backward` is while gradients are computed, `collective` right
+# after a reduction was issued, `update` inside the optimizer's step.
+POINTS = (
+    "loader", "begin", "forward", "backward", "collective", "reduced", "update", "updated",
+    "commit", "between", "recovery", "promotion", "donate", "end",
+)  # fmt: skip
+
+# Carried out by the worker at a point.
+WORKER_FAULTS = ("kill", "stop", "raise", "exit", "flip", "slow")
+# Carried out by the launcher once the job has reached the step.
+LAUNCHER_FAULTS = ("migrate", "reset", "kill_spare", "kill_launcher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault.
+
+    Args:
+        index: Its place in the plan; identifies it within a job.
+        action: One of `WORKER_FAULTS` or `LAUNCHER_FAULTS`, or "random".
+        rank: The rank to hit; -1 where it does not matter.
+        step: Fires when this many steps are committed, so 0 is the first step.
+        point: One of `POINTS`; ignored by launcher faults.
+        after: Skip this many passes of the point within the step (the third collective:
+            after=2).
+        every_s: For "random": mean seconds between faults.
+        seed: For "random": seed of its own generator.
+        seconds: For "slow": how long.
+    """
+
+    index: int
+    action: str
+    rank: int = -1
+    step: int = 0
+    point: str = "begin"
+    after: int = 0
+    every_s: float = 0.0
+    seed: int = 0
+    seconds: float = 0.0
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the fault as plain values."""
+        return dataclasses.asdict(self)
+
+
+_KEYS = {"rank": int, "step": int, "point": str, "after": int, "seed": int}
+_SECONDS = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m)?$")
+_SCALE = {"ms": 1e-3, "s": 1.0, None: 1.0, "m": 60.0}
+
+
+def _seconds(text: str, entry: str) -> float:
+    match = _SECONDS.match(text)
+    if not match:
+        raise ConfigError(f"{text!r} is no duration, in {entry!r}", hint="write 30s, 500ms or 2m")
+    return float(match[1]) * _SCALE[match[2]]
+
+
+def parse_plan(text: str) -> list[Fault]:
+    """Return the faults that `text` describes, in its order.
+
+    Raises:
+        ConfigError: An entry is not understood; names the entry and what is allowed.
+    """
+    plan: list[Fault] = []
+    for entry in filter(None, (part.strip() for part in text.split(";"))):
+        action, *pairs = entry.split()
+        if action not in (*WORKER_FAULTS, *LAUNCHER_FAULTS, "random"):
+            raise ConfigError(
+                f"unknown fault {action!r} in {entry!r}",
+                hint="one of " + ", ".join((*WORKER_FAULTS, *LAUNCHER_FAULTS, "random")),
+            )
+        values: dict[str, Any] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            try:
+                if key == "every":
+                    values["every_s"] = _seconds(value, entry)
+                elif key == "for":
+                    values["seconds"] = _seconds(value, entry)
+                else:
+                    values[key] = _KEYS[key](value)
+            except KeyError:
+                raise ConfigError(
+                    f"unknown field {key!r} in {entry!r}",
+                    hint="one of " + ", ".join((*_KEYS, "every", "for")),
+                ) from None
+            except ValueError:
+                raise ConfigError(f"{key}={value} is no number, in {entry!r}") from None
+            if not equals:
+                raise ConfigError(f"{pair!r} wants a value, in {entry!r}")
+        fault = Fault(index=len(plan), action=action, **values)
+        if fault.point not in POINTS:
+            raise ConfigError(
+                f"unknown point {fault.point!r} in {entry!r}", hint="one of " + ", ".join(POINTS)
+            )
+        needs_rank = (*WORKER_FAULTS, "migrate")
+        if fault.action in needs_rank and fault.rank < 0:
+            raise ConfigError(f"which rank? in {entry!r}", hint="add rank=0")
+        if fault.action == "random" and fault.every_s <= 0:
+            raise ConfigError(f"how often? in {entry!r}", hint="add every=30s")
+        plan.append(fault)
+    return plan

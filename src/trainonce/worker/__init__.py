@@ -1,0 +1,1 @@
+"""Inside the training process: the session, the exactly-once step, the process group, the state."""

@@ -1,0 +1,260 @@
+"""Durable checkpoints from inside the training loop.
+
+Which commit a checkpoint is taken at must be the same on all ranks, without a vote at every
+step. So rank 0 broadcasts, about twice a second and behind the next step's computation, what
+is to be done and when it will broadcast next. The broadcast issued after commit n is read
+before commit n + 1, where all ranks act on it.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from trainonce.checkpoint.saver import AsyncSaver, young_interval_s
+from trainonce.checkpoint.store import CheckpointStore
+from trainonce.errors import CheckpointError
+from trainonce.wire.messages import Note, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trainonce.checkpoint.manifest import CheckpointInfo
+    from trainonce.events import CheckpointSaved
+    from trainonce.wire.messages import Message
+    from trainonce.worker.runner import Runner
+
+_POLL_EVERY_S = 0.5
+_FIRST_INTERVAL_S = 300.0
+_SHORTEST_INTERVAL_S = 30.0
+# Between failures that leave no living copy, which only a checkpoint recovers from.
+_MTBF_S = 24 * 3600.0
+
+
+class Command(enum.IntFlag):
+    """What all ranks do at a commit."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When and how checkpoints are written.
+
+    Args:
+        every_s: Seconds between checkpoints; None for Young's interval from measured cost.
+        keep_last: How many are kept.
+        parameter_dtype: Store parameters in this narrower dtype; a resume is then not exact.
+    """
+
+    every_s: float | None = None
+    keep_last: int = 3
+    parameter_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.every_s is not None and self.every_s <= 0:
+            raise CheckpointError(
+                f"checkpoints every {self.every_s} s", hint="give seconds above 0, or None"
+            )
+
+
+class Durable:
+    """Writes checkpoints of one rank's run, in step with the other ranks.
+
+    Args:
+        runner: The steps and their state.
+        folder: Where the job's checkpoints are.
+        settings: When and how.
+        notify: Sends a message to the launcher.
+        leave: Ends the process after a checkpoint on request.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        folder: Path,
+        settings: CheckpointSettings,
+        notify: Callable[[Message], object],
+        leave: Callable[[], object],
+    ) -> None:
+        self._runner = runner
+        self._settings = settings
+        self._notify = notify
+        self._leave = leave
+        self._saver = AsyncSaver(
+            CheckpointStore(folder, settings.keep_last), on_saved=self._on_saved
+        )
+        self._interval_s = settings.every_s or _FIRST_INTERVAL_S
+        self._last_mono_s = time.monotonic()
+        self._requested = Command.NOTHING
+        self._reason = ""
+        self._next_poll = 0
+        self._command = Command.NOTHING
+        self._poll: tuple[torch.Tensor, Any] | None = None
+        self._saved_step = -1
+        self._request_lock = threading.Lock()
+
+    # ------------------------------------------------------------------ asking for one
+
+    def request(self, command: Command, reason: str) -> None:
+        """Ask for a checkpoint at one of the next commits; any thread, effective on rank 0."""
+        with self._request_lock:
+            self._requested |= command
+            self._reason = reason
+
+    def start_at(self, commits: int) -> None:
+        """Begin to count from `commits` committed steps."""
+        self._next_poll = commits + 1
+        self._saved_step = commits
+
+    def read_poll(self) -> tuple[int, Command]:
+        """Return when to poll next and what to do at the commit that comes now."""
+        if self._poll is None:
+            return self._next_poll, Command.NOTHING
+        (order, work), self._poll = self._poll, None
+        work.wait()
+        command, next_poll, _ = order.tolist()
+        return next_poll, Command(command)
+
+    def adopt(self, poll: tuple[int, Command]) -> None:
+        """Take over what holds as of the commit that is made now."""
+        self._next_poll, self._command = poll
+
+    def after_commit(self) -> None:
+        """Act on what was ordered for this commit, and issue the next order if it is due."""
+        command, self._command = self._command, Command.NOTHING
+        if command:
+            self._save(self._reason or "interval", wait=Command.STOP in command)
+            if Command.STOP in command:
+                self._leave()
+        if self._runner.commits == self._next_poll:
+            order = torch.tensor(self._decide(), dtype=torch.int64)
+            self._poll = (order, dist.broadcast(order, 0, async_op=True))
+
+    def _decide(self) -> list[int]:
+        """On rank 0: return the command, and the commit after which to ask again."""
+        with self._request_lock:
+            command, self._requested = self._requested, Command.NOTHING
+        if time.monotonic() - self._last_mono_s >= self._interval_s and not self._saver.busy:
+            command |= Command.SAVE
+            self._reason = self._reason or "interval"
+        step_s = max(self._runner.progress["step_ns"] * 1e-9, 1e-6)
+        return [int(command), self._runner.commits + max(1, round(_POLL_EVERY_S / step_s)), 0]
+
+    # ------------------------------------------------------------------ giving it to a newcomer
+
+    def record(self) -> list[int]:
+        """Return what a newcomer must know to act in step, as of the last commit."""
+        return [self._next_poll, int(self._command)]
+
+    def restore(self, record: list[int]) -> None:
+        """Take over what `record` returned on a donor."""
+        self._next_poll, self._command = record[0], Command(record[1])
+
+    # ------------------------------------------------------------------ saving
+
+    def save_at_end(self) -> None:
+        """Write the last checkpoint, unless this very step has one."""
+        try:
+            if self._runner.commits != self._saved_step:
+                self._save("end", wait=True)
+            else:
+                self._saver.wait()
+        except CheckpointError as error:
+            self._complain(error)
+
+    def _save(self, reason: str, *, wait: bool) -> None:
+        runner = self._runner
+        protected = runner.protected
+        assert protected is not None
+        state, tree = None, b""
+        names: list[str] = []
+        if runner.rank == 0:
+            image = protected.live()
+            state = dict(image.tensors)
+            tree = json.dumps(protected.describe(image)).encode()
+            names = [name for name, _ in protected.parameters()]
+        dtype = self._settings.parameter_dtype
+        try:
+            self._saver.save(
+                runner.commits,
+                rank=runner.rank,
+                world_size=runner.world_size,
+                nonce=f"{os.environ.get('TRAINONCE_JOB', 'solo')}-{self._next_poll}",
+                rank_payload=runner.last_payload,
+                state=state,
+                tree=tree,
+                model_names=names,
+                storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
+                reason=reason,
+            )
+            if wait:
+                self._saver.wait()
+        except CheckpointError as error:
+            self._complain(error)
+        self._saved_step = runner.commits
+        self._last_mono_s = time.monotonic()
+        self._reason = ""
+
+    def _complain(self, error: CheckpointError) -> None:
+        self._notify(
+            Note(key="checkpoint", level="warning", text=f"a checkpoint failed: {error.message}")
+        )
+
+    def _on_saved(self, saved: CheckpointSaved) -> None:
+        if self._settings.every_s is None:
+            young = young_interval_s(saved.blocked_s, _MTBF_S, write_s=saved.write_s)
+            self._interval_s = max(young, _SHORTEST_INTERVAL_S)
+        self._notify(Report(event=saved.to_record()))
+
+    # ------------------------------------------------------------------ resuming
+
+    def resume(self, folder: Path) -> tuple[int, bytes] | None:
+        """Load the newest sound checkpoint in `folder`. Collective: all ranks agree on one.
+
+        Returns:
+            Its committed steps, and this rank's local record; None if there is no checkpoint.
+        """
+        runner = self._runner
+        protected = runner.protected
+        assert protected is not None
+        store = CheckpointStore(folder, self._settings.keep_last)
+        info = self._choose(store)
+        if info is None:
+            return None
+        tree = json.loads(store.load(info, verify=False).tree)
+        loaded = store.load(info, dict(protected.prepare(tree)), verify=False)
+        # A rank that the saved job did not have begins with rank 0's local state.
+        payload = loaded.rank_payload(runner.rank) or loaded.rank_payload(0)
+        if payload is None:
+            raise CheckpointError(f"{info.path} holds no local state of any rank")
+        if runner.rank == 0:
+            text = f"resumed from the checkpoint of step {info.step}"
+            self._notify(Note(key=f"resumed-{info.step}", text=text))
+        return info.step, payload
+
+    def _choose(self, store: CheckpointStore) -> CheckpointInfo | None:
+        choice: list[Any] = [None]
+        if self._runner.rank == 0:
+            info, skipped = store.newest_valid()
+            for each in skipped:
+                self._notify(Report(event=each.to_record()))
+                text = f"skipped the checkpoint {each.path}: {each.reason}"
+                self._notify(Note(key=f"skipped-{each.path}", level="warning", text=text))
+            choice = [None if info is None else str(info.path)]
+        if self._runner.world_size > 1:
+            dist.broadcast_object_list(choice, 0)
+        if choice[0] is None:
+            return None
+        return store.info(choice[0])

@@ -1,0 +1,449 @@
+"""The fabric: issues collectives, logs their results, and re-forms when the membership changes.
+
+Training threads submit operations and wait on their futures; they never see a failure. When
+the controller announces a generation, a recovery thread forms the new inner group, agrees
+with the others on what everyone has, hands over state and results, and issues again what
+nobody completed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainonce.errors import TrainOnceError
+from trainonce.wire.messages import Formed, PeerLost
+from trainonce.worker.inner import InnerGroup
+from trainonce.worker.oplog import SETUP, UNSHARED, BufferPool, GroupLog, Op, OpState
+from trainonce.worker.plan import Plan, RankReport, ResultTransfer, plan_recovery
+from trainonce.worker.transfer import receive_tensors, send_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from trainonce.wire.messages import Generation, Message
+    from trainonce.wire.progress import Progress
+
+
+WORLD = "world"
+
+
+class Superseded(Exception):
+    """A newer generation was announced; this recovery is void."""
+
+
+class Host(Protocol):
+    """What the fabric asks of the session."""
+
+    def before_submit(self, group: GroupLog, op: Op) -> int | None:
+        """Called on the issuing thread before each operation.
+
+        Returns:
+            An interval of its own to number the operation in, or None for the present one.
+        """
+        ...
+
+    def after_submit(self) -> None:
+        """Called on the issuing thread after each operation was issued."""
+        ...
+
+    def wait_restorable(self, superseded: Callable[[], bool]) -> None:
+        """Newcomer: wait until the script has registered what must be restored."""
+        ...
+
+    def frozen(self, superseded: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Hold updates and commits back, once none is under way."""
+        ...
+
+    def can_donate(self) -> bool:
+        """Tell whether the state as of the last commit can be given now."""
+        ...
+
+    def donate(self, inner: InnerGroup, targets: tuple[int, ...]) -> tuple[str, int]:
+        """Give the state; return its digest and the bytes sent."""
+        ...
+
+    def receive(self, inner: InnerGroup, donor: int, commits: int) -> tuple[str, int]:
+        """Take the state; return its digest and the bytes received."""
+        ...
+
+    def formed(self, message: Generation) -> None:
+        """Called when this rank is consistent in the generation of `message`."""
+        ...
+
+    def fault_point(self, point: str) -> None:
+        """Let the fault plan act."""
+        ...
+
+
+class Fabric:
+    """All process groups of this worker, their log, and their recovery.
+
+    Args:
+        progress: Page on which to count operations; None outside the launcher.
+        notify: Sends a message to the controller.
+    """
+
+    def __init__(
+        self, world_size: int, progress: Progress, notify: Callable[[Message], object]
+    ) -> None:
+        self.lock = threading.RLock()
+        self.pool = BufferPool()
+        self.interval = SETUP
+        self.commits = 0
+        self.generation = 0
+        self.rank = -1
+        self.host: Host | None = None
+        self.world = GroupLog(WORLD, list(range(world_size)), spans_world=True)
+        self._groups: dict[str, GroupLog] = {WORLD: self.world}
+        # Results for groups that a newcomer's script has not made yet.
+        self._early: dict[str, list[tuple[ResultTransfer, list[torch.Tensor]]]] = {}
+        self._progress = progress
+        self._notify = notify
+        self._announced: Generation | None = None
+        self._broken = True
+        # Cleared in a newcomer until it has the results that the survivors logged.
+        self._replayable = threading.Event()
+        self._replayable.set()
+        self._reported_lost = 0
+        self._forming: InnerGroup | None = None
+        self._original = True
+        self.order_root = 0
+        # torch makes a group on its members only; the others are told.
+        self.subgroups_elsewhere = False
+
+    # ------------------------------------------------------------------ training threads
+
+    def add_group(self, key: str, ranks: list[int]) -> GroupLog:
+        """Register a process group beside the world."""
+        spans_world = len(ranks) == len(self.world.ranks)
+        group = GroupLog(key, ranks, spans_world=spans_world)
+        with self.lock:
+            self._groups[key] = group
+            for transfer, tensors in self._early.pop(key, ()):
+                _, interval, seq = transfer.name
+                group.keep(interval, seq, transfer.signature, tensors)
+            if not self._broken and self._announced is not None:
+                self._form_beside(group, self._announced)
+        return group
+
+    @property
+    def has_subgroups(self) -> bool:
+        """Whether there are groups that do not span the world, on this rank or another."""
+        return self.subgroups_elsewhere or any(
+            not group.spans_world for group in self._groups.values()
+        )
+
+    def submit(self, group: GroupLog, op: Op) -> None:
+        """Issue `op`, or complete it from the log if its result is known."""
+        assert self.host is not None
+        interval = self.host.before_submit(group, op)
+        self._replayable.wait()
+        with self.lock:
+            known = group.add(op, self.interval if interval is None else interval)
+            self._progress["issued"] += 1
+            if not known and not self._broken and group.inner is not None:
+                self._issue(group, op)
+        if known:
+            self._finish(group, op)
+        self.host.after_submit()
+
+    def knows(self, interval: int) -> bool:
+        """Tell whether results for `interval` of the world are here, waiting to be asked for."""
+        with self.lock:
+            return self.world.has_replay(interval)
+
+    def drain_pending(self) -> None:
+        """Wait for every operation issued so far."""
+        with self.lock:
+            waiting = [op for group in self._groups.values() for op in group.unfinished()]
+        for op in waiting:
+            op.future.wait()
+
+    def spanned(self) -> bool:
+        """Tell whether an operation over all ranks was issued in this interval."""
+        with self.lock:
+            return any(
+                group.spans_world and group.ops.get(self.interval)
+                for group in self._groups.values()
+            )
+
+    def num_issued(self) -> int:
+        """Return how many world operations this interval has issued."""
+        return len(self.world.ops.get(self.interval, ()))
+
+    def commit(self) -> None:
+        """Close the interval. The caller holds the update gate."""
+        with self.lock:
+            self.commits += 1
+            self.interval = self.commits
+
+    def start_at(self, commits: int) -> None:
+        """Leave set-up: operations from now on belong to step `commits`."""
+        with self.lock:
+            self.commits = self.interval = commits
+
+    def log_bytes(self) -> tuple[int, int]:
+        """Return the bytes the log holds now, and the most it ever held."""
+        with self.lock:
+            return self.pool.held_bytes, self.pool.peak_bytes
+
+    # ------------------------------------------------------------------ completion
+
+    def _issue(self, group: GroupLog, op: Op) -> None:
+        """Hand `op` to the inner group. The lock is held."""
+        assert group.inner is not None
+        op.attempt += 1
+        attempt = op.attempt
+        try:
+            work, op.buffers = op.launch(group.inner)
+        except RuntimeError as error:
+            self._inner_failed(str(error))
+            return
+        future = work.get_future()
+        future.add_done_callback(lambda done: self._inner_done(group, op, attempt, done))
+
+    def _inner_done(self, group: GroupLog, op: Op, attempt: int, done: Any) -> None:
+        try:
+            done.value()
+        except RuntimeError as error:
+            with self.lock:
+                if op.attempt == attempt and op.state is OpState.PENDING:
+                    self._inner_failed(str(error))
+            return
+        with self.lock:
+            if op.attempt != attempt or op.state is not OpState.PENDING:
+                return
+            op.state = OpState.DELIVERING
+        self._finish(group, op)
+
+    def _finish(self, group: GroupLog, op: Op) -> None:
+        op.deliver(op.buffers)
+        with self.lock:
+            op.state = OpState.DONE
+            self._progress["completed"] += 1
+            if op.interval == UNSHARED:
+                self.pool.give(op.buffers)
+                op.buffers = []
+            # Every rank has issued this one, hence committed what came before it.
+            if group.spans_world and op.interval == self.interval:
+                for each in self._groups.values():
+                    each.release_before(op.interval, self.pool)
+        op.future.set_result(op.value)
+
+    def _inner_failed(self, error: str) -> None:
+        """Tell the controller, once a generation. The lock is held."""
+        if self._broken or self._reported_lost == self.generation:
+            return
+        self._reported_lost = self.generation
+        self._notify(PeerLost(generation=self.generation, error=error[:500]))
+
+    # ------------------------------------------------------------------ recovery
+
+    def announce(self, message: Generation) -> None:
+        """Begin a generation; abandons the one before at once, wherever it stands."""
+        with self.lock:
+            if self._announced is not None and message.generation <= self._announced.generation:
+                return
+            self._announced = message
+            self.rank = message.rank
+            self._broken = True
+            if message.rank in message.newcomers:
+                self._original = False
+                self._replayable.clear()
+            abandoned = [group.inner for group in self._groups.values() if group.inner]
+            if self._forming is not None:
+                abandoned.append(self._forming)
+                self._forming = None
+            for group in self._groups.values():
+                group.inner = None
+                for op in group.pending():
+                    op.attempt += 1
+                    # The abandoned operation may still write there.
+                    self.pool.forget(op.buffers)
+                    op.buffers = []
+        for inner in abandoned:
+            inner.abort()
+        threading.Thread(
+            target=self._recover, args=(message,), name=f"recover-{message.generation}", daemon=True
+        ).start()
+
+    def _is_superseded(self, message: Generation) -> bool:
+        return self._announced is not message
+
+    def _check(self, message: Generation) -> None:
+        if self._is_superseded(message):
+            raise Superseded
+
+    def _recover(self, message: Generation) -> None:
+        try:
+            formed = self._recover_once(message)
+        except Superseded:
+            return
+        except TrainOnceError as error:
+            formed = Formed(generation=message.generation, step=self.commits, error=str(error))
+        except RuntimeError as error:
+            # A peer went away while we were at it. The controller will announce anew.
+            if not self._is_superseded(message):
+                self._notify(PeerLost(generation=message.generation, error=str(error)[:500]))
+            return
+        except Exception as error:
+            formed = Formed(
+                generation=message.generation,
+                step=self.commits,
+                error=f"{type(error).__name__}: {error}",
+            )
+        if formed is not None:
+            self._notify(formed)
+
+    def _recover_once(self, message: Generation) -> Formed | None:
+        assert self.host is not None
+        host = self.host
+        newcomer = message.rank in message.newcomers
+        first = self.generation == 0 and not message.newcomers
+        size = len(message.workers)
+        inner = InnerGroup(message.rank, size)
+        with self.lock:
+            self._check(message)
+            self._forming = inner
+        inner.form(message.store_port, f"{message.incarnation}/{message.generation}/world")
+        host.fault_point("recovery")
+        if first:
+            self._resume(message, inner)
+            host.formed(message)
+            return None  # the launcher waits for `Ready`
+        with host.frozen(lambda: self._is_superseded(message)):
+            self._check(message)
+            report = self._report(host, fresh=newcomer)
+            gathered = inner.gather_bytes(json.dumps(report.to_record()).encode())
+            reports = [RankReport.from_record(json.loads(one)) for one in gathered]
+            plan = plan_recovery(reports)
+            self.subgroups_elsewhere |= any(
+                len(ranks) < len(reports) for each in reports for ranks in each.groups.values()
+            )
+            self.order_root = plan.order_root
+            completed, received_bytes = self._move_results(plan, inner)
+            self._replayable.set()
+            if newcomer:
+                # Its script runs on through set-up, served from the log, to where it restores.
+                host.wait_restorable(lambda: self._is_superseded(message))
+            digest, moved = self._move_state(plan, inner, host)
+            inner.barrier()
+            self._check(message)
+            formed = Formed(
+                generation=message.generation,
+                step=plan.commits,
+                recompute=int(newcomer),
+                bytes_moved=moved + received_bytes,
+                digest=digest,
+            )
+            self._resume(message, inner)
+            host.formed(message)
+        for group, op in completed:
+            self._finish(group, op)
+        return formed
+
+    def _report(self, host: Host, *, fresh: bool) -> RankReport:
+        with self.lock:
+            lasting = {key for group in self._groups.values() for key in group.ops if key <= SETUP}
+            intervals = lasting | {SETUP, self.commits - 1, self.commits}
+            return RankReport(
+                fresh=fresh,
+                commits=self.commits,
+                donor=not fresh and host.can_donate(),
+                original=self._original,
+                groups={key: group.ranks for key, group in self._groups.items()},
+                ops={
+                    (key, interval, seq): (signature, done)
+                    for key, group in self._groups.items()
+                    for interval, seq, signature, done in group.describe(intervals)
+                },
+            )
+
+    def _move_state(self, plan: Plan, inner: InnerGroup, host: Host) -> tuple[str, int]:
+        if plan.donor is None:
+            return "", 0
+        if self.rank == plan.donor:
+            host.fault_point("donate")
+            digest, _ = host.donate(inner, plan.state_to)
+            return digest, 0
+        if self.rank in plan.state_to:
+            return host.receive(inner, plan.donor, plan.commits)
+        return "", 0
+
+    def _move_results(self, plan: Plan, inner: InnerGroup) -> tuple[list[tuple[GroupLog, Op]], int]:
+        """Hand logged results over; return the operations that now have theirs, and bytes."""
+        completed: list[tuple[GroupLog, Op]] = []
+        received_bytes = 0
+        for transfer in plan.results:
+            key, interval, seq = transfer.name
+            if self.rank == transfer.source:
+                for target in transfer.targets:
+                    send_tensors(inner, target, self._groups[key].result(interval, seq))
+            elif self.rank in transfer.targets:
+                tensors = receive_tensors(inner, transfer.source)
+                received_bytes += sum(tensor.nbytes for tensor in tensors)
+                completed.extend(self._place(transfer, tensors))
+        return completed, received_bytes
+
+    def _place(
+        self, transfer: ResultTransfer, tensors: list[torch.Tensor]
+    ) -> list[tuple[GroupLog, Op]]:
+        key, interval, seq = transfer.name
+        with self.lock:
+            group = self._groups.get(key)
+            if group is None:
+                self._early.setdefault(key, []).append((transfer, tensors))
+                return []
+            op = group.ops.get(interval, {}).get(seq)
+            if op is None:
+                group.keep(interval, seq, transfer.signature, tensors)
+            elif op.state is OpState.PENDING:
+                op.state, op.buffers = OpState.DELIVERING, tensors
+                return [(group, op)]
+        return []
+
+    def _resume(self, message: Generation, inner: InnerGroup) -> None:
+        """Use the new inner group, and issue again what nobody has completed."""
+        with self.lock:
+            self._check(message)
+            self._forming = None
+            self.generation = message.generation
+            self._progress["generation"] = message.generation
+            self._broken = False
+            for group in self._groups.values():
+                if group is self.world:
+                    group.inner = inner
+                    for op in group.pending():
+                        self._issue(group, op)
+                else:
+                    self._form_beside(group, message)
+
+    def _form_beside(self, group: GroupLog, message: Generation) -> None:
+        """Form the inner group of a group other than the world, without waiting for it."""
+        if self.rank not in group.ranks:
+            return
+        inner = InnerGroup(group.ranks.index(self.rank), len(group.ranks))
+
+        def form() -> None:
+            prefix = f"{message.incarnation}/{message.generation}/{group.key}"
+            try:
+                inner.form(message.store_port, prefix)
+            except RuntimeError as error:
+                with self.lock:
+                    if not self._is_superseded(message):
+                        self._inner_failed(str(error))
+                return
+            with self.lock:
+                if self._is_superseded(message):
+                    inner.abort()
+                    return
+                group.inner = inner
+                for op in group.pending():
+                    self._issue(group, op)
+
+        threading.Thread(target=form, name=f"form-{group.key}", daemon=True).start()

@@ -1,0 +1,294 @@
+"""Giving a rank's state away, and taking a rank over: the session's side of a recovery."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainonce.errors import RecoveryError, TrainOnceError
+from trainonce.wire.messages import Note
+from trainonce.wire.progress import Phase
+from trainonce.worker import torch_private
+from trainonce.worker.fabric import Superseded
+from trainonce.worker.mirror import Mirror
+from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.spare import call_with_batch
+from trainonce.worker.transfer import receive_record, receive_state, send_record, send_state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    from trainonce.wire.messages import Generation
+    from trainonce.worker.fabric import Fabric
+    from trainonce.worker.inner import InnerGroup
+    from trainonce.worker.oplog import GroupLog, Op
+    from trainonce.worker.runner import Runner
+
+_POLL_S = 0.005
+# Commits after which a DDP, one with a static graph included, settles its buckets.
+_SETTLED = 2
+
+
+class Handover:
+    """The fabric's host.
+
+    Args:
+        runner: The steps and their state.
+        fabric: The groups.
+        device: Where the model lives, for rehearsals.
+    """
+
+    def __init__(self, runner: Runner, fabric: Fabric, device: torch.device) -> None:
+        self._runner = runner
+        self._fabric = fabric
+        self._device = device
+        self._ddps = torch_private.DdpRegistry()
+        self._ordering: int | None = None
+        self._trained: dict[int, int] = {}
+        self._young: dict[int, int] = {}
+        self._used_maps: list[int] = []
+        self._restorable = threading.Event()
+        self._formed = threading.Event()
+        self._job_commits = threading.Event()
+        self._newcomer = not runner.promotion.done
+        self.private = False
+        self.sample: Callable[[], Any] | None = None
+
+    @property
+    def is_newcomer(self) -> bool:
+        """Whether this process takes over a rank that others have trained with."""
+        return self._newcomer
+
+    # ------------------------------------------------------------------ operations
+
+    def emulate(self, kind: str, tensors: list[torch.Tensor]) -> bool:
+        """Tell whether to answer a collective locally.
+
+        In rehearsals; and in the constructor of DDP of a process that takes a rank over,
+        since the others have long left theirs.
+        """
+        if self._runner.rehearsing or (self._used_maps and self._is_used_map(kind, tensors)):
+            return True
+        if self._fabric.interval != SETUP:
+            return False
+        ddp = torch_private.constructing_ddp()
+        if ddp is None:
+            return False
+        self._ddps.ordinal(ddp)
+        return self._newcomer
+
+    def _is_used_map(self, kind: str, tensors: list[torch.Tensor]) -> bool:
+        """Recognise what a static graph reduces in its first pass only, which others are past."""
+        if kind != "all_reduce" or tensors[0].dtype != torch.int32:
+            return False
+        if tensors[0].numel() not in self._used_maps:
+            return False
+        self._used_maps.remove(tensors[0].numel())
+        return True
+
+    def before_submit(self, group: GroupLog, op: Op) -> int | None:
+        """Place an operation, and let the step prepare for it."""
+        if self._ordering is not None:
+            return bucket_order_interval(self._ordering)
+        if self._fabric.interval == SETUP:
+            if self.private or torch_private.constructing_ddp() is not None:
+                return UNSHARED
+            self._runner.promotion.park("collective")
+            return None
+        if op.kind == "broadcast" and op.signature.startswith("broadcast(int32"):
+            ddp = torch_private.rebuilding_ddp()
+            if ddp is not None:
+                return bucket_order_interval(self._ddps.ordinal(ddp))
+        self._runner.before_operation(spans_world=group.spans_world)
+        return None
+
+    def orders_buckets(self) -> bool:
+        """Tell whether a DDP is settling the order of its buckets on this thread."""
+        return self._ordering is not None or torch_private.rebuilding_ddp() is not None
+
+    def after_submit(self) -> None:
+        """Let the fault plan act once an operation is issued."""
+        if self._fabric.interval != SETUP:
+            self._runner.injector.at("collective")
+
+    def fault_point(self, point: str) -> None:
+        """Let the fault plan act."""
+        self._runner.injector.at(point)
+
+    # ------------------------------------------------------------------ giving
+
+    def frozen(self, superseded: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Hold updates and commits back."""
+        return self._runner.gate.frozen(superseded)
+
+    def can_donate(self) -> bool:
+        """Tell whether the state as of the last commit is here, complete and unchanged."""
+        runner = self._runner
+        if runner.protected is None:
+            return False
+        if runner.image is not None or runner.execution is None:
+            return True
+        return not (runner.execution.stepped or runner.protected.parameters_changed())
+
+    def donate(self, inner: InnerGroup, targets: tuple[int, ...]) -> tuple[str, int]:
+        """Send the state as of the last commit."""
+        runner = self._runner
+        assert runner.protected is not None
+        image = runner.image or runner.protected.live()
+        record = runner.protected.describe(image)
+        record["trained"] = list(self._trained.items())
+        record["profiles"] = runner.profiles.to_record()
+        record["started_at"] = runner.started_at
+        record["reduces_means"] = runner.reduces_means
+        record["poll"] = runner.durable.record() if runner.durable is not None else None
+        for target in targets:
+            send_record(inner, target, record)
+        return send_state(inner, targets, image.tensors)
+
+    def watch_passes(self, trained: dict[int, int]) -> None:
+        """Count from now on the commits that train each DDP, beginning with `trained`.
+
+        Two are enough to know: by then a DDP is about to settle the order of its buckets.
+        """
+        self._trained = dict(trained)
+        self._young = {
+            ordinal: _version_of(ddp)
+            for ordinal, ddp in self._ddps.living()
+            if self._trained.get(ordinal, 0) < _SETTLED
+        }
+        self._runner.on_commit = self._count_passes
+
+    def _count_passes(self) -> None:
+        if not self._young:
+            return
+        for ordinal, ddp in self._ddps.living():
+            version = _version_of(ddp)
+            if ordinal not in self._young or self._young[ordinal] == version:
+                continue
+            self._young[ordinal] = version
+            self._trained[ordinal] = self._trained.get(ordinal, 0) + 1
+            if self._trained[ordinal] >= _SETTLED:
+                del self._young[ordinal]
+
+    # ------------------------------------------------------------------ taking
+
+    def wait_restorable(self, superseded: Callable[[], bool]) -> None:
+        """Wait until the script stands before its first loop or step."""
+        while not self._restorable.wait(_POLL_S):
+            if superseded():
+                raise Superseded
+
+    def receive(self, inner: InnerGroup, donor: int, commits: int) -> tuple[str, int]:
+        """Take the state over, and the local state that the rank left in its mirror."""
+        runner = self._runner
+        assert runner.protected is not None
+        runner.injector.at("promotion", commits)
+        record = receive_record(inner, donor)
+        tensors = runner.protected.prepare(record)
+        result = receive_state(inner, donor, tensors)
+        found = runner.mirror.find(commits) if runner.mirror is not None else None
+        if found is None:
+            raise RecoveryError(
+                f"the local state of rank {runner.rank} at step {commits} went down with it",
+                hint="this happens if a step issues fewer collectives than ever before",
+            )
+        runner.restore_record(found.payload)
+        runner.begin_at(commits, started_at=record["started_at"])
+        runner.expect_means(record["reduces_means"])
+        runner.profiles.load(record["profiles"])
+        self.watch_passes(dict(record["trained"]))
+        if runner.durable is not None and record["poll"] is not None:
+            runner.durable.restore(record["poll"])
+        return result
+
+    def adopt_mirror(self, fd: int) -> None:
+        """Go on with the mirror of the process that held this rank."""
+        self._runner.mirror = Mirror(fd)
+
+    def formed(self, message: Generation) -> None:
+        """Let the script go on."""
+        self._runner.progress["generation"] = message.generation
+        self._formed.set()
+
+    def job_has_committed(self) -> None:
+        """The job is past its first step, so that a spare may rehearse."""
+        self._job_commits.set()
+
+    def take_over(self) -> None:
+        """As a spare: rehearse, wait for a rank and its state, and make ready to execute."""
+        runner = self._runner
+        while not (self._job_commits.wait(_POLL_S) or runner.promotion.done):
+            pass
+        rehearsed = 0 if runner.promotion.done else self._rehearse()
+        self._restorable.set()
+        runner.promotion.park("loop", rehearsed=rehearsed)
+        runner.progress["phase"] = Phase.RECOVERING
+        self._formed.wait()
+        self._newcomer = False
+        self._adopt_buckets(rehearsed=rehearsed > 0)
+        runner.reduce_means()
+        runner.follow_up()
+
+    def _adopt_buckets(self, *, rehearsed: bool) -> None:
+        """Bring each DDP to where the survivors' is: its bucket order, its first pass behind it."""
+        for ordinal, ddp in self._ddps.living():
+            trained = self._trained.get(ordinal, 0)
+            first_pass_missed = ddp.static_graph and trained > 0 and not rehearsed
+            if first_pass_missed:
+                self._used_maps.append(sum(p.requires_grad for p in ddp.parameters()))
+            if self._fabric.knows(bucket_order_interval(ordinal)):
+                self._ordering = ordinal
+                try:
+                    torch_private.rebuild_buckets(ddp)
+                finally:
+                    self._ordering = None
+            elif trained > int(ddp.static_graph):
+                torch_private.mark_all_parameters_ready(ddp)
+            elif first_pass_missed:
+                # A static graph is rebuilt one step later than others.
+                self._runner.at_next_commit(
+                    lambda ddp=ddp: torch_private.mark_all_parameters_ready(ddp)
+                )
+
+    def _rehearse(self) -> int:
+        """Execute each step once on a sample batch, then put everything back.
+
+        Warms up whatever is lazy: kernels, allocators, compilers, optimizer state. Buckets are
+        not rebuilt by a single pass, so they stay as the survivors' were after theirs.
+        """
+        runner = self._runner
+        if self.sample is None or runner.protected is None:
+            return 0
+        rehearsed = 0
+        image = runner.protected.image()
+        small = runner.protected.copy_small()
+        runner.rehearsing = True
+        try:
+            batch = self.sample()
+            for step in runner.steps:
+                rehearsed += call_with_batch(step.function, batch, self._device)
+        except TrainOnceError:
+            raise
+        except Exception as error:
+            runner.notify(
+                Note(
+                    key="rehearsal", text=f"spares cannot rehearse ({error}); they wait as they are"
+                )
+            )
+        finally:
+            for _, parameter in runner.protected.parameters():
+                parameter.grad = None
+            runner.protected.restore(image)
+            runner.protected.load_small(small)
+            runner.rehearsing = False
+        return rehearsed
+
+
+def _version_of(ddp: DistributedDataParallel) -> int:
+    """Return a number that grows whenever a parameter of `ddp` is written to."""
+    return sum(parameter._version for parameter in ddp.parameters())

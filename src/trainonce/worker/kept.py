@@ -1,0 +1,105 @@
+"""The values that steps returned, kept for a newcomer that asks for them again."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from trainonce.errors import EncodingError
+from trainonce.wire import encoding
+from trainonce.worker.values import outline, pack_value, unpack_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from trainonce.worker.cursor import Position
+    from trainonce.worker.values import LazyMean
+
+# How many recorded values a loop of the user's own keeps.
+_MOST = 16
+_LENGTH = struct.Struct("<Q")
+
+
+class KeptValues:
+    """Values by the position of their step, each encoded once, when its step is committed.
+
+    Args:
+        refused: Told about a value that has no encoding; a newcomer will find it lost.
+    """
+
+    def __init__(self, refused: Callable[[EncodingError], object]) -> None:
+        self._refused = refused
+        self._values: dict[Position, tuple[bool, Any]] = {}
+        self._encoded: dict[Position, bytes] = {}
+
+    def get(self, position: Position) -> tuple[bool, Any]:
+        """Return (whether it is known, the value, or its outline where it is not)."""
+        return self._values.get(position, (False, None))
+
+    def add(self, position: Position, value: Any, is_live: Callable[[Position], bool]) -> None:
+        """Keep `value`; forget those that nobody can ask for any more."""
+        self._values[position] = (True, value)
+        kept = [each for each in self._values if is_live(each)][-_MOST:]
+        if len(kept) < len(self._values):
+            self._values = {each: self._values[each] for each in kept}
+            self._encoded = {at: data for at, data in self._encoded.items() if at in self._values}
+
+    def encode(self, latest: Position | None, means: list[LazyMean]) -> list[bytes]:
+        """Return all values, encoded.
+
+        Args:
+            latest: The step that is being committed.
+            means: Its means, which are not reduced yet. Those of earlier steps are, and their
+                local values stand for them.
+        """
+        found: list[bytes] = []
+        for position, (known, value) in self._values.items():
+            data = self._encoded.get(position)
+            if data is None:
+                unsettled = means if position == latest else []
+                data = self._encode_one(position, known, value, unsettled)
+                if not unsettled:
+                    self._encoded[position] = data
+            found.append(data)
+        return found
+
+    def _encode_one(
+        self, position: Position, known: bool, value: Any, means: list[LazyMean]
+    ) -> bytes:
+        try:
+            return encoding.encode([position, known, pack_value(value, means)])
+        except EncodingError as error:
+            self._refused(error)
+            return encode_unknown(position, outline(value))
+
+    def restore(self, encoded: Iterable[memoryview], means: list[LazyMean]) -> None:
+        """Take over what `encode` returned in another process."""
+        self._encoded.clear()
+        self._values = {}
+        for data in encoded:
+            position, known, value = encoding.decode(data)
+            self._values[position] = (known, unpack_value(value, means))
+
+
+def encode_unknown(position: Position, shape: Any) -> bytes:
+    """Return the encoding of a value of which only the outline is known."""
+    return encoding.encode([position, False, shape])
+
+
+def join(parts: list[bytes]) -> bytes:
+    """Return one piece of bytes that `split` takes apart again."""
+    lengths = struct.pack(f"<{len(parts) + 1}Q", len(parts), *map(len, parts))
+    return b"".join((lengths, *parts))
+
+
+def split(data: bytes) -> list[memoryview]:
+    """Return views of the parts that `join` put together."""
+    view = memoryview(data)
+    (count,) = _LENGTH.unpack_from(view)
+    offset = _LENGTH.size * (count + 1)
+    parts: list[memoryview] = []
+    for index in range(count):
+        (length,) = _LENGTH.unpack_from(view, _LENGTH.size * (index + 1))
+        parts.append(view[offset : offset + length])
+        offset += length
+    return parts

@@ -1,0 +1,157 @@
+"""The loops of a script, which a newcomer enters where the last commit left them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from trainonce.worker.cursor import Cursor
+    from trainonce.worker.data import StatefulLoader
+    from trainonce.worker.loader import ShardedLoader
+
+    Source = ShardedLoader | StatefulLoader
+
+
+class Loops:
+    """Runs `run.epochs` and `run.batches`.
+
+    Args:
+        cursor: The open loops.
+        enter: Called before a loop begins; a hot spare waits here for a rank.
+        fault_point: Lets the fault plan act.
+        inside_step: Returns the number of committed steps while a step is executed, else
+            None. Loops inside a step belong to it: they begin at their beginning.
+    """
+
+    def __init__(
+        self,
+        cursor: Cursor,
+        *,
+        enter: Callable[[], None],
+        fault_point: Callable[[str], None],
+        inside_step: Callable[[], int | None],
+    ) -> None:
+        self._cursor = cursor
+        self._enter = enter
+        self._fault_point = fault_point
+        self._inside_step = inside_step
+        self._epoch: int | None = None
+        self._passes: dict[int, int] = {}
+        self._places: dict[int, _Place] = {}
+        self._restored: dict[int, _Place] = {}
+        self._samples = 0
+
+    def record(self) -> list[list[Any]]:
+        """Return where the open batch loops stand."""
+        return [[depth, *place] for depth, place in self._places.items()]
+
+    def restore(self, record: list[list[Any]]) -> None:
+        """Take over where the loops of the last commit stood."""
+        self._restored = {depth: _Place(*place) for depth, *place in record}
+
+    def take_samples(self) -> int:
+        """Return the samples of the current batches that were not taken yet, all ranks."""
+        samples, self._samples = self._samples, 0
+        return samples
+
+    def epochs(self, num_epochs: int) -> Iterator[int]:
+        """Yield the epochs that are not completed."""
+        if self._inside_step() is not None:
+            yield from range(num_epochs)
+            return
+        self._enter()
+        depth, begin = self._cursor.enter_loop()
+        try:
+            for epoch in range(num_epochs if begin is None else begin, num_epochs):
+                self._cursor.next_iteration(depth, epoch)
+                self._epoch = epoch
+                yield epoch
+        finally:
+            self._epoch = None
+            self._cursor.leave_loop(depth)
+
+    def batches(self, source: Source, max_steps: int | None) -> Iterator[Any]:
+        """Yield the batches that are not consumed; begins again at the end if it must."""
+        commits = self._inside_step()
+        if commits is not None:
+            # The epoch is derived, since whoever executes the step must see the same order.
+            for batch, _ in itertools.islice(source.iterate(commits), max_steps):
+                yield batch
+            return
+        self._enter()
+        depth, begin = self._cursor.enter_loop()
+        passes = self._passes.get(id(source), 0)
+        self._passes[id(source)] = passes + 1
+        try:
+            if begin is None:
+                return
+            epoch = passes if self._epoch is None else self._epoch
+            yield from self._from(source, depth, begin, epoch, max_steps)
+        finally:
+            self._places.pop(depth, None)
+            self._cursor.leave_loop(depth)
+
+    def _from(
+        self, source: Source, depth: int, iteration: int, epoch: int, max_steps: int | None
+    ) -> Iterator[Any]:
+        offset = 0
+        restored = self._restored.pop(depth, None)
+        if restored is not None:
+            # The batch of the last commit comes once more, for the code after the step.
+            epoch, offset = restored.epoch, restored.offset
+            if restored.loader is not None:
+                source.load_local_state(restored.loader)  # type: ignore[union-attr]
+        while max_steps is None or iteration < max_steps:
+            begun = iteration
+            batches = source.iterate(epoch, offset)
+            try:
+                while max_steps is None or iteration < max_steps:
+                    if restored is None:
+                        self._fault_point("loader")
+                    state = _state_of(source)
+                    item = next(batches, None)
+                    if item is None:
+                        break
+                    batch, after = item
+                    if restored is None:
+                        self._samples += after - offset
+                    elif after != restored.after:
+                        # Another number of ranks: the next batch begins where that one ended.
+                        after = restored.after
+                        _close(batches)
+                        batches = source.iterate(epoch, after)
+                    restored = None
+                    self._cursor.next_iteration(depth, iteration)
+                    self._places[depth] = _Place(epoch, offset, after, state)
+                    offset = after
+                    yield batch
+                    iteration += 1
+            finally:
+                _close(batches)
+            if max_steps is None or iteration == begun:
+                return
+            epoch, offset = epoch + 1, 0
+
+
+class _Place(NamedTuple):
+    """Where an open loop over batches stands."""
+
+    epoch: int
+    offset: int
+    """Where the current batch begins."""
+    after: int
+    """Where the next one begins."""
+    loader: Any
+    """State of a loader of the user's own, from before the current batch."""
+
+
+def _state_of(source: Source) -> Any:
+    take = getattr(source, "local_state", None)
+    return None if take is None else take()
+
+
+def _close(iterator: Any) -> None:
+    iterator.close()

@@ -1,0 +1,195 @@
+"""The log of collectives: what was issued, what it gave, and what can be given again.
+
+Operations are named by (group, interval, sequence number). Ranks issue the same sequence in
+each interval, so a name means the same operation on all of them, whatever the order in which
+they complete.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainonce.errors import CollectiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainonce.worker.inner import InnerGroup
+
+# Operations before the first step. Their results stay for the life of the job, since every
+# newcomer runs the set-up code of the script again.
+SETUP = -1
+# Operations of set-up that a newcomer answers by itself, such as those of DDP's constructor.
+# A death during set-up restarts it, so nobody ever asks for their results.
+UNSHARED = -2
+
+
+def bucket_order_interval(ordinal: int) -> int:
+    """Return the interval in which the `ordinal`-th DDP of the script orders its buckets.
+
+    One of its own, kept for the life of the job: a newcomer asks for the result at another
+    place in its script than the survivors did.
+    """
+    return -10 - ordinal
+
+
+class OpState(enum.Enum):
+    """How far an operation has come."""
+
+    PENDING = enum.auto()
+    DELIVERING = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
+class Op:
+    """One collective of this rank.
+
+    Args:
+        kind: Its name, such as "all_reduce".
+        signature: Kind, shapes, dtypes and parameters; equal on all ranks.
+        launch: Issues it on an inner group, into fresh buffers; returns the work and the
+            buffers that will hold the result.
+        deliver: Copies a result to where the caller wants it.
+        value: What the caller's future resolves to.
+    """
+
+    kind: str
+    signature: str
+    launch: Callable[[InnerGroup], tuple[Any, list[torch.Tensor]]]
+    deliver: Callable[[list[torch.Tensor]], None]
+    value: list[Any]
+    future: torch.futures.Future[Any]
+    interval: int = 0
+    seq: int = 0
+    state: OpState = OpState.PENDING
+    attempt: int = 0
+    buffers: list[torch.Tensor] = field(default_factory=lambda: [])
+
+
+class BufferPool:
+    """Reuses the memory of logged results, so that logging does not fault pages in.
+
+    Not thread-safe; the fabric's lock guards it.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.dtype, int], list[torch.Tensor]] = {}
+        self.held_bytes = 0
+        self.peak_bytes = 0
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous CPU tensor of the shape and dtype of `like`, values undefined."""
+        key = (like.dtype, like.numel())
+        free = self._free.get(key)
+        if free:
+            return free.pop().view(like.shape)
+        self.held_bytes += like.numel() * like.element_size()
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        return torch.empty(like.numel(), dtype=like.dtype).view(like.shape)
+
+    def give(self, tensors: list[torch.Tensor]) -> None:
+        """Take back tensors that nobody reads or writes any more."""
+        for tensor in tensors:
+            self._free.setdefault((tensor.dtype, tensor.numel()), []).append(tensor.view(-1))
+
+    def forget(self, tensors: list[torch.Tensor]) -> None:
+        """Drop tensors that an abandoned operation may still write to."""
+        self.held_bytes -= sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class GroupLog:
+    """The operations of one process group.
+
+    Args:
+        key: Names the group on all its members.
+        ranks: Global ranks of the members, in group order.
+        spans_world: Whether every rank of the job is a member.
+    """
+
+    def __init__(self, key: str, ranks: list[int], *, spans_world: bool) -> None:
+        self.key = key
+        self.ranks = ranks
+        self.spans_world = spans_world
+        self.inner: InnerGroup | None = None
+        self.ops: dict[int, dict[int, Op]] = {}
+        self._replay: dict[tuple[int, int], tuple[str, list[torch.Tensor]]] = {}
+
+    def add(self, op: Op, interval: int) -> bool:
+        """Give `op` its place in `interval`; if its result is known, attach it.
+
+        Returns:
+            Whether the result was known, so that the operation need not be issued.
+
+        Raises:
+            CollectiveError: Another operation has that place on the other ranks.
+        """
+        ops = self.ops.setdefault(interval, {})
+        op.interval, op.seq = interval, len(ops)
+        ops[op.seq] = op
+        known = self._replay.pop((interval, op.seq), None)
+        if known is None:
+            return False
+        signature, op.buffers = known
+        if signature != op.signature:
+            raise CollectiveError(
+                f"operation {op.seq} of this step is {op.signature} here, and was {signature}"
+                " on the ranks that survived",
+                hint="a step must issue the same collectives on every rank, whoever executes it",
+            )
+        op.state = OpState.DELIVERING
+        return True
+
+    def keep(self, interval: int, seq: int, signature: str, result: list[torch.Tensor]) -> None:
+        """Remember a result for an operation that this rank has not issued yet."""
+        self._replay[interval, seq] = (signature, result)
+
+    def has_replay(self, interval: int) -> bool:
+        """Tell whether results wait for operations of `interval`."""
+        return any(name[0] == interval for name in self._replay)
+
+    def pending(self) -> list[Op]:
+        """Return the operations without a result, in the order they were issued."""
+        return [
+            op
+            for interval in sorted(self.ops)
+            for op in self.ops[interval].values()
+            if op.state is OpState.PENDING
+        ]
+
+    def unfinished(self) -> list[Op]:
+        """Return the operations whose result has not reached the caller."""
+        return [
+            op for ops in self.ops.values() for op in ops.values() if op.state is not OpState.DONE
+        ]
+
+    def release_before(self, interval: int, pool: BufferPool) -> None:
+        """Free the results of committed intervals that no rank can ask for any more."""
+        for old in [key for key in self.ops if SETUP < key < interval]:
+            for op in self.ops.pop(old).values():
+                pool.give(op.buffers)
+                op.buffers = []
+        for name in [name for name in self._replay if SETUP < name[0] < interval]:
+            del self._replay[name]
+
+    def describe(self, intervals: set[int]) -> list[tuple[int, int, str, bool]]:
+        """Return (interval, sequence number, signature, has a result) of its operations."""
+        return [
+            (interval, seq, op.signature, op.state is not OpState.PENDING)
+            for interval, ops in self.ops.items()
+            if interval in intervals
+            for seq, op in ops.items()
+        ] + [
+            (interval, seq, signature, True)
+            for (interval, seq), (signature, _) in self._replay.items()
+            if interval in intervals
+        ]
+
+    def result(self, interval: int, seq: int) -> list[torch.Tensor]:
+        """Return the logged result of an operation that has one."""
+        op = self.ops.get(interval, {}).get(seq)
+        return op.buffers if op is not None else self._replay[interval, seq][1]

@@ -1,0 +1,173 @@
+"""Decide how a generation becomes consistent. Pure: every rank computes the same plan.
+
+Each rank reports what it has; the plan says who sends what to whom. The rules are those of
+docs/protocol.md, "Recovery".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainonce.errors import CollectiveError, RecoveryError
+from trainonce.worker.oplog import SETUP, UNSHARED
+
+OpName = tuple[str, int, int]  # group key, interval, sequence number
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank has.
+
+    Args:
+        fresh: It joins with this generation and has no state.
+        commits: Committed steps.
+        donor: It can give the state as of `commits`, complete and unchanged.
+        original: It has been there from the beginning, so its DDPs know their bucket order.
+        groups: Group key to the global ranks of its members.
+        ops: Name of each operation it knows to (signature, has a result).
+    """
+
+    fresh: bool
+    commits: int
+    donor: bool
+    original: bool = True
+    groups: dict[str, list[int]] = field(default_factory=lambda: {})
+    ops: dict[OpName, tuple[str, bool]] = field(default_factory=lambda: {})
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {
+            "fresh": self.fresh,
+            "commits": self.commits,
+            "donor": self.donor,
+            "original": self.original,
+            "groups": self.groups,
+            "ops": [[*name, *value] for name, value in self.ops.items()],
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> RankReport:
+        """Return the report in `record`."""
+        ops = {
+            (str(group), int(interval), int(seq)): (str(signature), bool(done))
+            for group, interval, seq, signature, done in record["ops"]
+        }
+        return cls(
+            fresh=record["fresh"],
+            commits=record["commits"],
+            donor=record["donor"],
+            original=record["original"],
+            groups=record["groups"],
+            ops=ops,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultTransfer:
+    """One logged result, from the rank that has it to those that lack it."""
+
+    name: OpName
+    signature: str
+    source: int
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to become consistent.
+
+    Args:
+        commits: Committed steps of the job; newcomers start from there.
+        donor: Rank that gives its state; None if nobody needs it.
+        state_to: Ranks that receive state.
+        results: Logged results to hand over, in this order.
+        order_root: Rank whose bucket order holds, where none was settled yet.
+    """
+
+    commits: int
+    donor: int | None
+    state_to: tuple[int, ...]
+    results: tuple[ResultTransfer, ...]
+    order_root: int
+
+
+def plan_recovery(reports: list[RankReport]) -> Plan:
+    """Return the plan for these reports, indexed by rank.
+
+    Raises:
+        RecoveryError: No living copy of something that is needed.
+        CollectiveError: Ranks issued different operations under the same name.
+    """
+    survivors = [rank for rank, report in enumerate(reports) if not report.fresh]
+    if not survivors:
+        raise RecoveryError("no rank survived, so there is no living copy of the state")
+    commits = max(reports[rank].commits for rank in survivors)
+    behind = [rank for rank in survivors if reports[rank].commits < commits - 1]
+    if behind:
+        raise RecoveryError(
+            f"ranks {behind} are more than one step behind step {commits}",
+            hint="collectives inside a step must be issued by every rank",
+        )
+    fresh = tuple(rank for rank, report in enumerate(reports) if report.fresh)
+    donor = None
+    if fresh:
+        donors = [r for r in survivors if reports[r].commits == commits and reports[r].donor]
+        if not donors:
+            raise RecoveryError(
+                f"no rank holds the state as of step {commits} unchanged",
+                hint="a collective came after the update for the first time; the step is now"
+                " known to do so. run.mean(x) reduces metrics without this risk",
+            )
+        donor = donors[0]
+    return Plan(
+        commits=commits,
+        donor=donor,
+        state_to=fresh,
+        results=_plan_results(reports, commits),
+        order_root=next((r for r in survivors if reports[r].original), survivors[0]),
+    )
+
+
+def _plan_results(reports: list[RankReport], commits: int) -> tuple[ResultTransfer, ...]:
+    groups: dict[str, list[int]] = {}
+    known: dict[OpName, tuple[str, int]] = {}
+    holders: dict[OpName, list[int]] = {}
+    for rank, report in enumerate(reports):
+        groups.update(report.groups)
+        for name, (signature, done) in report.ops.items():
+            first = known.setdefault(name, (signature, rank))
+            if first[0] != signature:
+                raise CollectiveError(
+                    f"ranks disagree about operation {name[2]}: rank {first[1]} issued"
+                    f" {first[0]}, rank {rank} issued {signature}",
+                    hint="every rank must issue the same collectives in the same order",
+                )
+            if done:
+                holders.setdefault(name, []).append(rank)
+    transfers: list[ResultTransfer] = []
+    for name in sorted(holders):
+        group, interval, _ = name
+        targets = tuple(
+            rank
+            for rank in groups[group]
+            if rank not in holders[name] and _wants(reports[rank], interval, commits)
+        )
+        if targets:
+            transfers.append(
+                ResultTransfer(
+                    name=name,
+                    signature=known[name][0],
+                    source=holders[name][0],
+                    targets=targets,
+                )
+            )
+    return tuple(transfers)
+
+
+def _wants(report: RankReport, interval: int, commits: int) -> bool:
+    if interval == UNSHARED:
+        return False
+    if report.fresh:
+        return interval <= SETUP or interval == commits
+    return interval >= report.commits or interval <= SETUP

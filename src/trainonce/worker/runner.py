@@ -1,0 +1,566 @@
+"""Makes steps exactly once: what happens from the start of a step to its commit.
+
+One instance a process; `docs/protocol.md` states the rules. Taking over a rank, and giving
+state to a process that does, is in `handover`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from trainonce.errors import ConfigError, EncodingError, StepError
+from trainonce.events import ValueLost
+from trainonce.wire import encoding
+from trainonce.wire.messages import Drained, Note, Ready, Report
+from trainonce.wire.messages import Mirror as MirrorMessage
+from trainonce.wire.progress import Phase
+from trainonce.worker.cursor import Cursor
+from trainonce.worker.faults import FaultInjector
+from trainonce.worker.gate import UpdateGate
+from trainonce.worker.kept import KeptValues, encode_unknown, join, split
+from trainonce.worker.loops import Loops
+from trainonce.worker.mirror import Mirror
+from trainonce.worker.step import (
+    Execution,
+    StepProfiles,
+    UpdateKind,
+    seed_between,
+    seed_section,
+)
+from trainonce.worker.values import (
+    MAX_MEANS,
+    LazyMean,
+    lost,
+    outline,
+)
+from trainonce.worker.verify import compare_replicas
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainonce.wire.progress import Progress
+    from trainonce.worker.cursor import Position
+    from trainonce.worker.durable import Durable
+    from trainonce.worker.fabric import Fabric
+    from trainonce.worker.spare import Promotion
+    from trainonce.worker.state import Image, Protected
+    from trainonce.worker.step import Step
+
+# Ranks that keep a copy of the state from before an update, where a step needs one.
+_HOLDERS = (0, 1)
+_MIRROR_SLACK_BYTES = 64 << 10
+_NAN_BITS = struct.unpack("<q", struct.pack("<d", float("nan")))[0]
+
+
+class Runner:
+    """Executes steps, commits them, and keeps what a successor needs.
+
+    Args:
+        seed: All generators are derived from it.
+        world_size: Number of ranks.
+        promotion: The rank of this worker, now or later.
+        progress: Page on which to say where this worker stands.
+        fabric: Carries out collectives; None where nothing can be recovered.
+        notify: Sends a message to the launcher, and descriptors with it.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        world_size: int,
+        promotion: Promotion,
+        progress: Progress,
+        fabric: Fabric | None,
+        notify: Callable[..., object],
+    ) -> None:
+        self.seed = seed
+        self.world_size = world_size
+        self.promotion = promotion
+        self.progress = progress
+        self.fabric = fabric
+        self.notify = notify
+        self.gate = UpdateGate()
+        self.cursor = Cursor()
+        self.injector = FaultInjector(notify, lambda: self.commits, self._parameters)
+        self.loops = Loops(
+            self.cursor,
+            enter=self.enter,
+            fault_point=self.injector.at,
+            inside_step=lambda: self.commits if self.executing or self.rehearsing else None,
+        )
+        self.protected: Protected | None = None
+        self.user_state: dict[str, Any] = {}
+        self.steps: list[Step[Any, Any]] = []
+        self.commits = 0
+        self.rehearsing = False
+        self.failure = ""
+        self.execution: Execution | None = None
+        self.image: Image | None = None
+        self.mirror: Mirror | None = None
+        self.durable: Durable | None = None
+        self.verify_every = 0
+        self.started_at = 0
+        self.drain_requested = threading.Event()
+        self.prepare: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[], None] = lambda: None
+        self._entered = False
+        self.profiles = StepProfiles()
+        self._calls = 0
+        self._values = KeptValues(self._tell_value_not_kept)
+        self._means: list[LazyMean] = []
+        self._means_reduced_at = -1
+        self.last_payload = b""
+        self._at_commit: list[Callable[[], object]] = []
+        self._tokens = 0
+        self._flops = 0
+
+    @property
+    def rank(self) -> int:
+        """The rank, once there is one."""
+        return self.promotion.rank
+
+    @property
+    def executing(self) -> bool:
+        """Whether a step is under way."""
+        return self.execution is not None
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [] if self.protected is None else [t for _, t in self.protected.parameters()]
+
+    # ------------------------------------------------------------------ before the first step
+
+    def protect(self, protected: Protected) -> None:
+        """Take the state that must survive."""
+        self.protected = protected
+        for optimizer in protected.optimizers.values():
+            optimizer.register_step_pre_hook(lambda *_: self._before_update())
+            optimizer.register_step_post_hook(lambda *_: self.injector.at("updated"))
+
+    def enter(self) -> None:
+        """Leave set-up, before the first loop or step; a spare waits here for a rank."""
+        if self._entered:
+            return
+        if self.protected is None:
+            raise ConfigError(
+                "run.protect was not called before the first step",
+                hint="run.protect(model=model, optimizer=optimizer, loader=loader)",
+            )
+        self._entered = True
+        self.prepare()
+        self.injector.watch(self.protected.modules.values())
+        self._set_phase(Phase.BETWEEN)
+
+    def begin_at(self, commits: int, *, started_at: int) -> None:
+        """Stand at `commits` committed steps, ready for the next.
+
+        Args:
+            commits: Committed steps of the job.
+            started_at: Committed steps that the job resumed from.
+        """
+        assert self.protected is not None
+        self.started_at = started_at
+        self.commits = commits
+        if self.fabric is not None:
+            self.fabric.start_at(commits)
+        self.progress["commits"] = commits
+        self.protected.capture()
+        seed_between(self.seed, self.rank, commits)
+
+    def announce_ready(self) -> None:
+        """Tell the launcher that this rank stands before its first step."""
+        assert self.protected is not None
+        self.publish(self.cursor.committed, self.commits, final=True)
+        assert self.mirror is not None
+        self.notify(
+            Ready(
+                mirror_bytes=self.mirror.size_bytes,
+                log_bytes=self.fabric.log_bytes()[1] if self.fabric else 0,
+                state_bytes=self.protected.num_bytes(),
+            )
+        )
+
+    # ------------------------------------------------------------------ one step
+
+    def begin(self, execution: Execution) -> None:
+        """Begin to execute a step."""
+        assert self.protected is not None
+        self.injector.at("between")
+        self.protected.check_unchanged()
+        seed_section(self.seed, self.rank, self.commits, self._calls)
+        if self.fabric is not None:
+            execution.operations_before = self.fabric.num_issued()
+        if execution.profile.kind >= UpdateKind.OPAQUE and self._holds_copies():
+            self.image = self.protected.image()
+        self.execution = execution
+        self.progress["section_mono_ns"] = execution.begun_mono_ns
+        self.progress["section"] += 1
+        self._set_phase(Phase.COMPUTING)
+        self.injector.at("begin")
+
+    def before_operation(self, *, spans_world: bool) -> None:
+        """A collective of the open step is about to be issued."""
+        execution, fabric, protected = self.execution, self.fabric, self.protected
+        if execution is None or fabric is None or protected is None:
+            return
+        if execution.stepped:
+            execution.kind = max(execution.kind, UpdateKind.LATE)
+        elif execution.profile.kind >= UpdateKind.OPAQUE and protected.parameters_changed():
+            execution.kind = UpdateKind.OPAQUE
+        if self.gate.updating:
+            # This step was not known to do so: for this once, its state has no spare copy.
+            self.gate.end_update()
+            self.notify(
+                Note(
+                    key="late-collective",
+                    level="warning",
+                    text="a collective follows the update for the first time: were a rank lost in"
+                    " this very step, it would resume from the last checkpoint. run.mean(x)"
+                    " reduces metrics without this",
+                )
+            )
+        fewest = execution.profile.fewest_operations
+        issued = fabric.num_issued() - execution.operations_before
+        if spans_world and (fewest is None or issued + 1 >= fewest):
+            self._publish_ahead(execution)
+
+    def _publish_ahead(self, execution: Execution) -> None:
+        """Publish local state for the commit to come, before this rank lets the others commit."""
+        assert self.protected is not None
+        self.protected.note_local_buffers()
+        self.publish(execution.position, self.commits + 1, final=False)
+        execution.published = True
+
+    def _publish_together(self, execution: Execution) -> None:
+        """Where a step issues fewer collectives than ever, wait until all ranks have published.
+
+        Otherwise one could commit while another, which has published nothing, dies.
+        """
+        if self.fabric is not None and self.world_size > 1 and not execution.published:
+            self._publish_ahead(execution)
+            self.barrier()
+
+    def _before_update(self) -> None:
+        execution = self.execution
+        if execution is None or self.rehearsing:
+            return
+        assert self.protected is not None
+        self.injector.at("reduced")
+        if not execution.stepped:
+            if self.fabric is not None and self.fabric.has_subgroups:
+                self.barrier()
+            if execution.profile.kind is UpdateKind.PLAIN:
+                self._publish_together(execution)
+                self.gate.begin_update()
+            elif execution.profile.kind is UpdateKind.LATE and self._holds_copies():
+                self.image = self.protected.image()
+            execution.stepped = True
+            self._set_phase(Phase.UPDATING)
+        self.injector.at("update")
+
+    def complete(self, execution: Execution, value: Any) -> Any:
+        """End a step: commit it, unless its gradients wait for a later one."""
+        if self.fabric is not None:
+            self.fabric.drain_pending()
+        if not self._commits_now(execution):
+            self._calls += 1
+            self.execution = None
+            self._set_phase(Phase.BETWEEN)
+            return value
+        if self.fabric is not None and self.world_size > 1:
+            # Bounds how far ranks drift apart, and lets the log of the step before go.
+            if self.fabric.has_subgroups or not self.fabric.spanned():
+                self.barrier()
+            self._publish_together(execution)
+        self.gate.begin_update()
+        try:
+            self._commit(execution, value)
+            # Within the gate: a recovery sees the commit with what it issues, or neither.
+            self._act_at_commit()
+            self.reduce_means()
+        finally:
+            self.gate.end_update()
+        self.injector.at("commit")
+        self._after_commit()
+        return value
+
+    def _commits_now(self, execution: Execution) -> bool:
+        """Gradients that stay local make a step join the next one that applies them."""
+        assert self.protected is not None
+        if execution.stepped or self.protected.parameters_changed():
+            return True
+        return not self.protected.gradients_wait()
+
+    def _commit(self, execution: Execution, value: Any) -> None:
+        assert self.protected is not None
+        position, profile = execution.position, execution.profile
+        if self.durable is not None:
+            self.durable.adopt(self.durable.read_poll())
+        self.cursor.committed = position
+        self._means = execution.means
+        self._values.add(position, value, self.cursor.is_live)
+        if not execution.stepped and self.protected.parameters_changed():
+            execution.kind = UpdateKind.OPAQUE
+        if self.fabric is not None:
+            self.publish(position, self.commits + 1, final=True)
+            issued = self.fabric.num_issued() - execution.operations_before
+            fewest = profile.fewest_operations
+            profile.fewest_operations = issued if fewest is None else min(issued, fewest)
+            self.fabric.commit()
+        kinds = (execution.kind,) if profile.kind is UpdateKind.UNKNOWN else (
+            execution.kind, profile.kind
+        )  # fmt: skip
+        profile.kind = max(kinds)
+        profile.returns = outline(value)
+        self.commits += 1
+        self._calls = 0
+        self.protected.capture()
+        self.image = None
+        self.execution = None
+        self._show_progress(execution, value)
+
+    def _after_commit(self) -> None:
+        if self.drain_requested.is_set():
+            self._set_phase(Phase.DRAINED)
+            self.notify(Drained(step=self.commits))
+            threading.Event().wait()
+        self.follow_up()
+        seed_between(self.seed, self.rank, self.commits)
+
+    def follow_up(self) -> None:
+        """Do what belongs to the last commit and needs other ranks; a newcomer joins in here."""
+        if self.commits == self.started_at:
+            return
+        if self.verify_every and self.commits % self.verify_every == 0 and self.world_size > 1:
+            self._verify()
+        if self.durable is not None:
+            self.durable.after_commit()
+
+    def _verify(self) -> None:
+        assert self.protected is not None
+        # Not within the gate, which a recovery needs while this waits for others. A newcomer
+        # that gets state in the middle of a repair goes through the same repair afterwards.
+        differ = compare_replicas(
+            self.protected.replicated(), step=self.commits, world_size=self.world_size
+        )
+        if differ is None or self.rank != 0:
+            return
+        self.notify(Report(event=differ.to_record()))
+        names = ", ".join(differ.names[:3]) + (", …" if len(differ.names) > 3 else "")
+        ending = (
+            f"repaired from rank {differ.repaired_from}"
+            if differ.repaired_from >= 0
+            else "no majority, so nobody knows which copy is right"
+        )
+        self.notify(
+            Note(
+                key=f"corruption-{self.commits}",
+                level="warning",
+                text=f"replicas differ at step {self.commits}: {names} on rank"
+                f" {', '.join(map(str, differ.odd_ranks))}; {ending}",
+            )
+        )
+
+    def at_next_commit(self, action: Callable[[], object]) -> None:
+        """Call `action` at the next commit, once."""
+        self._at_commit.append(action)
+
+    def _act_at_commit(self) -> None:
+        self.on_commit()
+        actions, self._at_commit = self._at_commit, []
+        for action in actions:
+            action()
+
+    def barrier(self) -> None:
+        """Wait for every rank, as an operation of the present interval."""
+        dist.barrier()
+
+    def _holds_copies(self) -> bool:
+        return self.fabric is not None and self.world_size > 1 and self.rank in _HOLDERS
+
+    # ------------------------------------------------------------------ metrics
+
+    def count(self, tokens: int, flops: int) -> None:
+        """Add to what the open step has processed."""
+        self._tokens += tokens
+        self._flops += flops
+
+    def mean(self, value: torch.Tensor | float) -> LazyMean:
+        """Return the average of `value` over all ranks, reduced after the commit."""
+        mean = LazyMean(float(value))
+        if self.execution is None:
+            if self.rehearsing:
+                return mean
+            raise StepError(
+                "run.mean was called outside a step", hint="call it in the function under @run.step"
+            )
+        if len(self.execution.means) == MAX_MEANS:
+            raise StepError(f"a step can reduce at most {MAX_MEANS} means")
+        self.execution.means.append(mean)
+        return mean
+
+    def reduce_means(self) -> None:
+        """Issue the reduction of the last commit's means; they are read when asked for."""
+        means, self._means = self._means, []
+        if not means or self.world_size == 1:
+            return
+        self._means_reduced_at = self.commits
+        sums = torch.zeros(2 * MAX_MEANS, dtype=torch.float64)
+        for index, mean in enumerate(means):
+            if mean.local == mean.local:  # a lost value is a NaN, and counts for nothing
+                sums[index], sums[MAX_MEANS + index] = mean.local, 1.0
+        work = dist.all_reduce(sums, async_op=True)
+
+        def read(index: int) -> float:
+            assert work is not None
+            work.wait()
+            return float(sums[index] / sums[MAX_MEANS + index])
+
+        for index, mean in enumerate(means):
+            mean.resolve(lambda index=index: read(index))
+
+    @property
+    def reduces_means(self) -> bool:
+        """Whether the ranks reduce means after the last commit."""
+        return self._means_reduced_at == self.commits
+
+    def expect_means(self, reduced: bool) -> None:
+        """As a newcomer: take part in the last commit's reduction exactly if the others do.
+
+        What the predecessor published ahead of the commit does not tell, as it may have died
+        before it came to the call of `run.mean`.
+        """
+        if not reduced:
+            self._means = []
+            return
+        self._means_reduced_at = self.commits
+        if not self._means:
+            self._means = [LazyMean(math.nan)]
+
+    def _show_progress(self, execution: Execution, value: Any) -> None:
+        now = time.monotonic_ns()
+        page = self.progress
+        page["samples"] += self.loops.take_samples()
+        page["tokens"] += self._tokens
+        page["flops"] = self._flops
+        self._tokens = self._flops = 0
+        page["step_ns"] = now - execution.begun_mono_ns
+        page["section_mono_ns"] = 0
+        page["loss_bits"] = _scalar_bits(value)
+        page["commits"] = self.commits
+        self._set_phase(Phase.BETWEEN)
+
+    def _set_phase(self, phase: Phase) -> None:
+        self.progress["phase"] = phase
+        self.progress["changed_mono_ns"] = time.monotonic_ns()
+
+    def show_waiting(self, waiting: bool) -> None:
+        """Say that the training thread waits in a collective, or no longer does."""
+        inside = Phase.COMPUTING if self.execution is not None else Phase.BETWEEN
+        self._set_phase(Phase.WAITING if waiting else inside)
+
+    # ------------------------------------------------------------------ values and the mirror
+
+    def recorded(self, position: Position) -> Any:
+        """Return what the committed step at `position` returned, or LOST."""
+        known, value = self._values.get(position)
+        if known:
+            return value
+        if position == self.cursor.committed:
+            self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
+        return lost(value)
+
+    def publish(self, position: Position | None, commits: int, *, final: bool) -> None:
+        """Write this rank's local state to the mirror, for `commits` committed steps."""
+        payload = self._encode_record(position, final=final)
+        if self.mirror is None or not self.mirror.fits(len(payload)):
+            self._grow_mirror(len(payload))
+        assert self.mirror is not None
+        self.mirror.publish(commits, payload, final=final)
+        if final:
+            self.last_payload = payload
+
+    def _grow_mirror(self, payload_bytes: int) -> None:
+        old, self.mirror = self.mirror, Mirror.create(2 * payload_bytes + _MIRROR_SLACK_BYTES)
+        if self.last_payload:
+            self.mirror.publish(self.commits, self.last_payload, final=True)
+        message = MirrorMessage(rank=self.rank, size_bytes=self.mirror.size_bytes)
+        self.notify(message, (self.mirror.fd,))
+        if old is not None:
+            old.close()
+
+    def _encode_record(self, position: Position | None, *, final: bool) -> bytes:
+        assert self.protected is not None
+        execution = self.execution
+        means = self._means if execution is None else execution.means
+        latest = position if final else None
+        values = self._values.encode(latest, means)
+        if not final and position is not None and execution is not None:
+            values.append(encode_unknown(position, execution.profile.returns))
+        record: dict[str, Any] = {
+            "position": position,
+            "state": self.user_state,
+            "buffers": self.protected.local_buffers() if self.protected.has_buffers else {},
+            "loops": self.loops.record(),
+            "means": [mean.local for mean in means],
+            "samples": self.progress["samples"],
+            "tokens": self.progress["tokens"],
+        }
+        try:
+            return join([encoding.encode(record), *values])
+        except EncodingError as error:
+            raise EncodingError(
+                f"run.state cannot be kept: {error.message}", hint=error.hint
+            ) from error
+
+    def _tell_value_not_kept(self, error: EncodingError) -> None:
+        self.notify(
+            Note(
+                key="value-not-kept",
+                text=f"the return value of a step cannot be kept for a newcomer ({error.message});"
+                " it would see trainonce.LOST",
+            )
+        )
+
+    def restore_record(self, payload: bytes) -> None:
+        """Take over the local state that a predecessor of this rank published."""
+        assert self.protected is not None
+        head, *values = split(payload)
+        record = encoding.decode(head)
+        self.cursor.committed = record["position"]
+        means = [LazyMean(local) for local in record["means"]]
+        self._means = means
+        self._values.restore(values, means)
+        self.user_state.clear()
+        self.user_state.update(record["state"])
+        self.protected.load_local_buffers(record["buffers"])
+        self.loops.restore(record["loops"])
+        self.progress["samples"] = record["samples"]
+        self.progress["tokens"] = record["tokens"]
+        self.last_payload = payload
+
+
+def _scalar_bits(value: Any) -> int:
+    """Return a recorded number as float64 bits, without waiting for a device."""
+    if isinstance(value, LazyMean):
+        number = value.local
+    elif isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        number = float(value)
+    elif isinstance(value, float):
+        number = value
+    else:
+        return _NAN_BITS
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, without running destructors that could wait for peers."""
+    os._exit(code)

@@ -1,0 +1,387 @@
+"""What must survive, and in which of three ways.
+
+*Replicated* tensors (parameters, optimizer state, buffers that only the update changes) are
+equal on all ranks between commits: a newcomer gets them from a donor. *Small* state
+(`param_groups`, schedulers, scalers, anything with a `state_dict`) is replicated too, but
+user code may change it between steps, so a copy is taken at every commit. *Local* buffers,
+those that forward passes change, differ by rank and go to the mirror.
+"""
+
+from __future__ import annotations
+
+import base64
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+
+from trainonce.errors import ConfigError, StateError, StateMismatchError
+from trainonce.wire import encoding
+from trainonce.worker.transfer import Digest, as_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Named = list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A copy of replicated state, from before a change.
+
+    Attributes:
+        tensors: Names and copies.
+        scalars: Optimizer state that is no tensor, by "optimizer/index/key".
+    """
+
+    tensors: Named
+    scalars: dict[str, Any]
+
+
+class Protected:
+    """The registered state of one training process.
+
+    Args:
+        objects: Name to module, optimizer, object with `state_dict` and `load_state_dict`,
+            or a list or dict of these.
+
+    Raises:
+        ConfigError: Something registered cannot be protected.
+    """
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        self.modules: dict[str, torch.nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.stateful: dict[str, Any] = {}
+        for name, value in objects.items():
+            self._register(name, value)
+        self._parameters = _unique(
+            (f"{name}.{key}", parameter)
+            for name, module in self.modules.items()
+            for key, parameter in module.named_parameters()
+        )
+        self._buffers = _unique(
+            (f"{name}.{key}", buffer)
+            for name, module in self.modules.items()
+            for key, buffer in module.named_buffers()
+        )
+        self._local = _running_statistics(self.modules)
+        self._small: dict[str, Any] = {}
+        self._parameter_versions = self._versions(self._parameters)
+        self._old_gradients = self._gradients()
+        self._buffer_versions = self._versions(self._buffers)
+        # Optimizer state of a rehearsal: its memory is mapped, which takes longer than to fill it.
+        self._warm: dict[torch.Tensor, dict[str, Any]] = {}
+
+    def _register(self, name: str, value: Any) -> None:
+        if isinstance(value, DistributedDataParallel):
+            self.modules[name] = value.module
+        elif isinstance(value, torch.nn.Module):
+            self.modules[name] = value
+        elif isinstance(value, torch.optim.Optimizer):
+            self.optimizers[name] = value
+        elif hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+            self.stateful[name] = value
+        elif isinstance(value, Mapping):
+            for key, each in value.items():
+                self._register(f"{name}.{key}", each)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            for index, each in enumerate(value):
+                self._register(f"{name}.{index}", each)
+        else:
+            raise ConfigError(
+                f"cannot protect {name}={type(value).__name__}: it has no state_dict and"
+                " load_state_dict",
+                hint="plain values belong in run.state",
+            )
+
+    # ------------------------------------------------------------------ what is there
+
+    def layout(self) -> list[str]:
+        """Return a line per registered tensor and object; equal on all ranks."""
+        lines = [
+            f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+            for name, t in (*self._parameters, *self._buffers)
+        ]
+        lines += [f"{name}: {type(o).__name__}" for name, o in self.optimizers.items()]
+        return lines + [f"{name}: {type(o).__name__}" for name, o in self.stateful.items()]
+
+    def replicated(self) -> Named:
+        """Return the replicated tensors, live, in the same order on every rank."""
+        shared = [(name, t) for name, t in self._buffers if name not in self._local]
+        return [*self._parameters, *shared, *self._optimizer_tensors()]
+
+    def num_bytes(self) -> int:
+        """Return the size of the replicated tensors."""
+        return sum(t.numel() * t.element_size() for _, t in self.replicated())
+
+    def parameters(self) -> Named:
+        """Return the parameters of all registered modules, each once."""
+        return list(self._parameters)
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, optimizer in self.optimizers.items():
+            for index, parameter in enumerate(_parameters_of(optimizer)):
+                # Not sorted: a newcomer takes over the order too, for state_dict() shows it.
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, torch.Tensor):
+                        yield f"{name}/{index}/{key}", value
+
+    def _optimizer_scalars(self) -> dict[str, Any]:
+        return {
+            f"{name}/{index}/{key}": value
+            for name, optimizer in self.optimizers.items()
+            for index, parameter in enumerate(_parameters_of(optimizer))
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if not isinstance(value, torch.Tensor)
+        }
+
+    # ------------------------------------------------------------------ watching for changes
+
+    @staticmethod
+    def _versions(tensors: Named) -> list[int]:
+        return [tensor._version for _, tensor in tensors]
+
+    def parameters_changed(self) -> bool:
+        """Tell whether a parameter was written to since the last commit."""
+        return self._versions(self._parameters) != self._parameter_versions
+
+    def _gradients(self) -> list[tuple[weakref.ref[torch.Tensor], int] | None]:
+        found = [parameter.grad for _, parameter in self._parameters]
+        return [None if grad is None else (weakref.ref(grad), grad._version) for grad in found]
+
+    def gradients_wait(self) -> bool:
+        """Tell whether there are gradients that came after the last commit.
+
+        Those that a step left behind when it was committed do not count: whether they are
+        there depends on which process executed it.
+        """
+        for (_, parameter), old in zip(self._parameters, self._old_gradients, strict=True):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if old is None or old[0]() is not grad or old[1] != grad._version:
+                return True
+        return False
+
+    def check_unchanged(self) -> None:
+        """Raise if parameters were changed outside a step.
+
+        Raises:
+            StateError: Names the first that was.
+        """
+        versions = self._versions(self._parameters)
+        if versions == self._parameter_versions:
+            return
+        for (name, _), now, then in zip(
+            self._parameters, versions, self._parameter_versions, strict=True
+        ):
+            if now != then:
+                raise StateError(
+                    f"protected parameter {name} was changed outside a step",
+                    hint="change parameters only inside a function decorated with @run.step, or"
+                    " before run.protect",
+                )
+
+    def note_local_buffers(self) -> None:
+        """Take note of buffers that this step's forward passes have changed."""
+        for (name, buffer), version in zip(self._buffers, self._buffer_versions, strict=True):
+            if buffer._version != version:
+                self._local.add(name)
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether any registered module has buffers."""
+        return bool(self._buffers)
+
+    def local_buffers(self) -> dict[str, torch.Tensor]:
+        """Return the buffers that differ by rank, live."""
+        return {name: buffer for name, buffer in self._buffers if name in self._local}
+
+    def load_local_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Write `values` into the buffers of those names."""
+        buffers = dict(self._buffers)
+        self._local.update(values)
+        with torch.no_grad():
+            for name, value in values.items():
+                buffers[name].copy_(value)
+
+    # ------------------------------------------------------------------ commit
+
+    def capture(self) -> None:
+        """Take the copy of small state that belongs to a commit."""
+        self._small = self.copy_small()
+        self._old_gradients = self._gradients()
+        self._parameter_versions = self._versions(self._parameters)
+        self._buffer_versions = self._versions(self._buffers)
+
+    def image(self) -> Image:
+        """Copy the replicated tensors."""
+        copies = [(name, tensor.detach().clone()) for name, tensor in self.replicated()]
+        # LBFGS keeps lists there, which it appends to.
+        return Image(copies, _copy_tree(self._optimizer_scalars()))
+
+    def live(self) -> Image:
+        """Return the replicated state itself, not a copy."""
+        return Image(self.replicated(), self._optimizer_scalars())
+
+    # ------------------------------------------------------------------ giving and taking
+
+    def describe(self, image: Image) -> dict[str, Any]:
+        """Return what a newcomer needs beside the bytes of `image`: a JSON object."""
+        small = encoding.encode(
+            {**self._small, "scalars": image.scalars, "local": sorted(self._local)}
+        )
+        return {
+            "layout": [
+                [name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
+                for name, t in image.tensors
+            ],
+            "small": base64.b64encode(small).decode(),
+        }
+
+    def prepare(self, record: dict[str, Any]) -> Named:
+        """Return the tensors to receive into, as `describe` listed them on the donor.
+
+        Loads the small state on the way. Missing optimizer state is allocated.
+
+        Raises:
+            StateMismatchError: The donor has other tensors than this process.
+        """
+        small = encoding.decode(base64.b64decode(record["small"]))
+        self._local = set(small["local"])
+        self.load_small(small)
+        self._load_scalars(small["scalars"])
+        mine = dict((*self._parameters, *self._buffers))
+        found: Named = []
+        for name, dtype_name, shape, device in record["layout"]:
+            dtype = getattr(torch, dtype_name)
+            tensor = mine.get(name)
+            if tensor is None and "/" in name:
+                tensor = self._optimizer_slot(name, dtype, shape, device)
+            if tensor is None or tensor.dtype != dtype or list(tensor.shape) != shape:
+                here = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
+                raise StateMismatchError(
+                    f"the survivors hold {name} as {dtype_name}{shape}, this process has {here}",
+                    hint="every rank must build the same model and optimizer",
+                )
+            found.append((name, tensor))
+        return found
+
+    def copy_small(self) -> dict[str, Any]:
+        """Return a copy of the small state as it is now."""
+        return {
+            "groups": {name: _groups_of(o) for name, o in self.optimizers.items()},
+            "stateful": {name: _copy_tree(o.state_dict()) for name, o in self.stateful.items()},
+        }
+
+    def restore(self, image: Image) -> None:
+        """Write an image back, removing optimizer state that is not in it."""
+        present = dict(image.tensors)
+        for name, optimizer in self.optimizers.items():
+            for index, parameter in enumerate(_parameters_of(optimizer)):
+                if not any(key.startswith(f"{name}/{index}/") for key in present):
+                    self._warm[parameter] = optimizer.state.pop(parameter, {})
+        self._load_scalars(image.scalars)
+        with torch.no_grad():
+            for name, tensor in self.replicated():
+                tensor.copy_(present[name])
+
+    def _optimizer_slot(
+        self, name: str, dtype: torch.dtype, shape: list[int], device: str
+    ) -> torch.Tensor | None:
+        owner, index, key = name.rsplit("/", 2)
+        optimizer = self.optimizers.get(owner)
+        parameters = _parameters_of(optimizer) if optimizer is not None else []
+        if optimizer is None or int(index) >= len(parameters):
+            return None
+        parameter = parameters[int(index)]
+        warm = self._warm.get(parameter, {}).pop(key, None)
+        present = optimizer.state[parameter].get(key, warm)
+        if present is None or present.dtype != dtype or list(present.shape) != shape:
+            place = parameter.device if device != "cpu" else torch.device("cpu")
+            present = torch.empty(shape, dtype=dtype, device=place)
+        optimizer.state[parameter][key] = present
+        return present
+
+    def load_small(self, small: dict[str, Any]) -> None:
+        """Load what `copy_small` returned."""
+        self._small = {"groups": small["groups"], "stateful": small["stateful"]}
+        for name, groups in small["groups"].items():
+            for group, values in zip(self.optimizers[name].param_groups, groups, strict=True):
+                group.update(_copy_tree(values))
+        for name, value in small["stateful"].items():
+            self.stateful[name].load_state_dict(_copy_tree(value))
+
+    def _load_scalars(self, scalars: dict[str, Any]) -> None:
+        for name, value in scalars.items():
+            owner, index, key = name.rsplit("/", 2)
+            optimizer = self.optimizers[owner]
+            optimizer.state[_parameters_of(optimizer)[int(index)]][key] = value
+
+    def digest(self) -> str:
+        """Return a digest of the replicated tensors, for comparing ranks."""
+        digest = Digest()
+        for name, tensor in self.replicated():
+            digest.add(name, as_bytes(tensor).cpu())
+        return digest.hex()
+
+
+def _unique(tensors: Iterator[tuple[str, torch.Tensor]]) -> Named:
+    seen: set[int] = set()
+    found: Named = []
+    for name, tensor in tensors:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found.append((name, tensor))
+    return found
+
+
+def _running_statistics(modules: Mapping[str, torch.nn.Module]) -> set[str]:
+    """Return the names of buffers whose changes torch's version counters do not show.
+
+    Kernels of normalisation layers write their running statistics without counting it.
+    """
+    return {
+        ".".join(filter(None, (name, path, key)))
+        for name, module in modules.items()
+        for path, layer in module.named_modules()
+        if isinstance(layer, _NormBase)
+        for key, _ in layer.named_buffers(recurse=False)
+    }
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [
+        {key: _copy_tree(value) for key, value in group.items() if key not in _NOT_VALUES}
+        for group in optimizer.param_groups
+    ]
+
+
+# The parameters themselves, and names that torch keeps beside them.
+_NOT_VALUES = ("params", "param_names")
+
+
+def _copy_tree(value: Any) -> Any:
+    """Copy containers and tensors; share everything else, which is immutable."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: _copy_tree(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_tree(each) for each in value)
+    if isinstance(value, dict | list | set):
+        copied = value.copy()
+        if isinstance(copied, dict):
+            for key, each in copied.items():
+                copied[key] = _copy_tree(each)
+        return copied
+    return value

@@ -1,0 +1,136 @@
+"""The exactly-once step: what happens around one call of a function marked `@run.step`."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+from trainonce.errors import StepError
+from trainonce.worker.seeds import derive_seed, seed_generators
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainonce.worker.cursor import Position
+    from trainonce.worker.runner import Runner
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class UpdateKind(enum.IntEnum):
+    """How a step changes protected state; known after its first execution, and only grows."""
+
+    PLAIN = 0
+    """An optimizer changes it, and no collective follows."""
+    LATE = 1
+    """Collectives follow the first change: a copy from before it is kept until the commit."""
+    OPAQUE = 2
+    """Changed by other means than an optimizer: the copy is taken when the step begins."""
+    UNKNOWN = 3
+    """Not executed yet: treated as opaque once."""
+
+
+@dataclass
+class StepProfile:
+    """What is known of a step function from its executions in this process."""
+
+    kind: UpdateKind = UpdateKind.UNKNOWN
+    fewest_operations: int | None = None
+    """Fewest collectives that an execution issued: the last one is not before that many."""
+    returns: Any = None
+    """Outline of what it returned last."""
+
+
+class StepProfiles:
+    """What is known of every step function, equal on all ranks that stand at one commit."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, StepProfile] = {}
+        self._counts: dict[str, int] = {}
+
+    def register(self, name: str) -> StepProfile:
+        """Return the profile of the next step function of this name that the script makes."""
+        count = self._counts.get(name, 0)
+        self._counts[name] = count + 1
+        return self._known.setdefault(f"{name}/{count}", StepProfile())
+
+    def to_record(self) -> list[list[Any]]:
+        """Return what a newcomer must know, as plain values."""
+        return [[key, int(p.kind), p.fewest_operations] for key, p in self._known.items()]
+
+    def load(self, record: list[list[Any]]) -> None:
+        """Take over what another rank knows."""
+        for key, kind, fewest in record:
+            profile = self._known.setdefault(key, StepProfile())
+            profile.kind, profile.fewest_operations = UpdateKind(kind), fewest
+
+
+@dataclass
+class Execution:
+    """One execution of a step that is under way."""
+
+    position: Position
+    profile: StepProfile
+    begun_mono_ns: int
+    operations_before: int = 0
+    """Collectives that this interval had issued when the execution began."""
+    published: bool = False
+    """Local state for its commit is in the mirror."""
+    stepped: bool = False
+    """An optimizer has taken its step."""
+    kind: UpdateKind = UpdateKind.PLAIN
+    """What this execution has shown."""
+    means: list[Any] = field(default_factory=lambda: [])
+
+
+class Step(Generic[P, R]):
+    """A function whose calls are exactly once.
+
+    Args:
+        runner: Executes it.
+        function: The user's function.
+    """
+
+    def __init__(self, runner: Runner, function: Callable[P, R]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.profile = runner.profiles.register(function.__qualname__)
+        self._runner = runner
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Execute the step, or return its recorded value if it is already committed."""
+        runner = self._runner
+        if runner.rehearsing or runner.executing:
+            return self.function(*args, **kwargs)
+        runner.enter()
+        position = runner.cursor.enter_section()
+        if runner.cursor.is_committed(position):
+            return runner.recorded(position)
+        if runner.failure:
+            raise StepError(
+                f"a step raised {runner.failure}, and was not finished",
+                hint="let the exception end the process: its rank is rebuilt, and the step is"
+                " executed again there",
+            )
+        execution = Execution(position, self.profile, time.monotonic_ns())
+        runner.begin(execution)
+        try:
+            value = self.function(*args, **kwargs)
+        except BaseException as error:
+            runner.failure = type(error).__name__
+            raise
+        return runner.complete(execution, value)
+
+
+def seed_section(seed: int, rank: int, commits: int, calls: int) -> None:
+    """Set the generators for a section: the `calls`-th since `commits` committed steps."""
+    seed_generators(derive_seed("step", seed, rank, commits, calls))
+
+
+def seed_between(seed: int, rank: int, commits: int) -> None:
+    """Set the generators for the code after a commit."""
+    seed_generators(derive_seed("between", seed, rank, commits))

@@ -1,0 +1,90 @@
+"""Every private attribute of torch that this package touches, and why.
+
+Checked by `tests/process/test_torch_private.py`, which fails loudly on a torch that changed
+them.
+
+DistributedDataParallel settles on the order of its gradient buckets after the first backward
+pass: rank 0 broadcasts the order, and every rank rebuilds. A process that joins later must
+end with the same buckets. `Reducer._push_all_rebuilt_params` and `Reducer._rebuild_buckets`,
+which torch's own `Join` uses, do that without a backward pass, given the broadcast.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_DDP_INIT = DistributedDataParallel.__init__.__code__
+_DDP_PRE_FORWARD = DistributedDataParallel._pre_forward.__code__
+_DDP_BUFFERS = DistributedDataParallel._sync_buffers.__code__
+# A collective of DDP's own is at most this many Python frames above us.
+_MAX_FRAMES = 14
+
+
+def _find(code: Any) -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_MAX_FRAMES):
+        if frame is None:
+            return None
+        if frame.f_code is code:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def constructing_ddp() -> DistributedDataParallel | None:
+    """Return the DDP whose constructor called us on this thread, if one did."""
+    frame = _find(_DDP_INIT)
+    return frame.f_locals["self"] if frame else None
+
+
+def rebuilding_ddp() -> DistributedDataParallel | None:
+    """Return the DDP that is rebuilding its buckets on this thread, if one is.
+
+    Its buffers are synchronised below `_pre_forward` too; those calls are not meant.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        if frame is None or frame.f_code is _DDP_BUFFERS:
+            return None
+        if frame.f_code is _DDP_PRE_FORWARD:
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+class DdpRegistry:
+    """The DDP instances of this process, in order of construction."""
+
+    def __init__(self) -> None:
+        self._instances: list[weakref.ref[DistributedDataParallel]] = []
+
+    def ordinal(self, ddp: DistributedDataParallel) -> int:
+        """Return the place of `ddp`, registering it if it is new."""
+        for index, reference in enumerate(self._instances):
+            if reference() is ddp:
+                return index
+        self._instances.append(weakref.ref(ddp))
+        return len(self._instances) - 1
+
+    def living(self) -> list[tuple[int, DistributedDataParallel]]:
+        """Return (place, instance) of those that still exist."""
+        found = [(index, reference()) for index, reference in enumerate(self._instances)]
+        return [(index, ddp) for index, ddp in found if ddp is not None]
+
+
+def mark_all_parameters_ready(ddp: DistributedDataParallel) -> None:
+    """Let the next forward pass of `ddp` rebuild its buckets, as after a backward pass."""
+    ddp.reducer._push_all_rebuilt_params()
+
+
+def rebuild_buckets(ddp: DistributedDataParallel) -> None:
+    """Rebuild the buckets of `ddp` now; its broadcasts go through its process group."""
+    ddp.reducer._push_all_rebuilt_params()
+    ddp.reducer._rebuild_buckets()

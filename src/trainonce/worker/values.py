@@ -1,0 +1,136 @@
+"""Values that stand for something a step returned."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Final, final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@final
+class Lost:
+    """Stands for the return value of a committed step whose process died with it.
+
+    The step itself is not lost: its update is in the parameters. It behaves like a NaN where
+    a number is wanted and like an empty sequence where one is, so that logging code goes on.
+    Where the step returned a tuple or a dict before, each of its elements is LOST.
+    """
+
+    _instance: Lost | None = None
+
+    def __new__(cls) -> Lost:
+        """Return the one instance."""
+        if cls._instance is None:
+            cls._instance = super().__new__(cls)
+        return cls._instance
+
+    def __repr__(self) -> str:
+        return "trainonce.LOST"
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __float__(self) -> float:
+        return math.nan
+
+    def __format__(self, spec: str) -> str:
+        return format(math.nan, spec) if spec else repr(self)
+
+    def __reduce__(self) -> str:
+        return "LOST"
+
+    def item(self) -> float:
+        """Return NaN, as a tensor's `item` would return a number."""
+        return math.nan
+
+
+LOST: Final = Lost()
+
+
+def outline(value: Any) -> Any:
+    """Return the tuples and dicts that `value` is made of, with None for everything else."""
+    if type(value) is tuple:
+        return tuple(outline(each) for each in value)
+    if type(value) is dict:
+        return {key: outline(each) for key, each in value.items()}
+    return None
+
+
+def lost(shape: Any) -> Any:
+    """Return LOST in the form of an outline."""
+    if type(shape) is tuple:
+        return tuple(lost(each) for each in shape)
+    if type(shape) is dict:
+        return {key: lost(each) for key, each in shape.items()}
+    return LOST
+
+
+MAX_MEANS = 8
+"""How many means one step can reduce."""
+
+
+class LazyMean:
+    """A number averaged over all ranks, after the commit.
+
+    Reading it waits for the average: `float(mean)`, `mean.item()`, or formatting.
+
+    Args:
+        local: This rank's value.
+    """
+
+    def __init__(self, local: float) -> None:
+        self.local = local
+        self._read: Callable[[], float] | None = None
+
+    def resolve(self, read: Callable[[], float]) -> None:
+        """Tell how to read the average once it has been asked for."""
+        self._read = read
+
+    def item(self) -> float:
+        """Wait for the average and return it; the local value before the commit."""
+        return self.local if self._read is None else self._read()
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec)
+
+    def __repr__(self) -> str:
+        return f"LazyMean({self.item()})"
+
+
+_MEAN = "\0trainonce.mean"
+
+
+def pack_value(value: Any, means: list[LazyMean]) -> Any:
+    """Return `value` with its means replaced by their places in `means`.
+
+    Means of earlier steps are no longer reduced anew; their local values stand for them.
+    """
+    if isinstance(value, LazyMean):
+        return [_MEAN, means.index(value)] if value in means else value.local
+    if isinstance(value, dict):
+        return {key: pack_value(each, means) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(pack_value(each, means) for each in value)
+    return value
+
+
+def unpack_value(value: Any, means: list[LazyMean]) -> Any:
+    """Undo `pack_value`."""
+    if isinstance(value, list) and len(value) == 2 and value[0] == _MEAN:
+        return means[value[1]]
+    if isinstance(value, dict):
+        return {key: unpack_value(each, means) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(unpack_value(each, means) for each in value)
+    return value

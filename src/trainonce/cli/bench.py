@@ -1,0 +1,107 @@
+"""`trainonce bench levers`: what levers save at equal quality, measured on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainonce.errors import ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("what", choices=["levers"], help="what to measure")
+    parser.add_argument(
+        "--task", action="append", metavar="NAME", help="digits or bytes; again for more (all)"
+    )
+    parser.add_argument("--grid", default="full", help="recipes to choose from: small or full")
+    parser.add_argument("--seeds", type=int, default=5, help="reporting seeds, at least 5")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="first reporting seed; the others follow it"
+    )
+    parser.add_argument("--tuning-seeds", type=int, default=3, help="seeds for choices (3)")
+    parser.add_argument("--split-seed", type=int, default=0, help="which data are held out")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (1)")
+    parser.add_argument("--hardware", metavar="NAME", help="for the file's name (4-core-cpu)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write result files and plots there"
+    )
+    parser.add_argument(
+        "--repeat", type=Path, metavar="FILE", help="measure again what a result file holds"
+    )
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="print the tables of a result file; run nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, or show what was measured."""
+    from trainonce.levers import results
+
+    if args.show:
+        _print([results.read(args.show)], args)
+        return 0
+    options = dict(results.read(args.repeat)["options"]) if args.repeat else _options(args)
+    records = [_measure(task, options, args) for task in options["task"]]
+    _print(records, args)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    from trainonce.levers.bench import TASKS
+
+    names = ("grid", "seeds", "first_seed", "tuning_seeds", "split_seed", "threads")
+    options = {name: getattr(args, name) for name in names}
+    if args.tuning_seeds < 1 or args.threads < 1:
+        raise ConfigError("--tuning-seeds and --threads must be at least 1")
+    return {"task": args.task or list(TASKS), **options}
+
+
+def _measure(task: str, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from trainonce.ledger.energy import open_meter
+    from trainonce.levers import results, tables
+    from trainonce.levers.bench import make_study
+    from trainonce.levers.harness import run_study
+
+    torch.set_num_threads(options["threads"])
+    first = options["first_seed"]
+    after = first + options["seeds"]
+    study = make_study(
+        task,
+        grid=options["grid"],
+        split_seed=options["split_seed"],
+        tuning_seeds=range(after + 100, after + 100 + options["tuning_seeds"]),
+        reporting_seeds=range(first, after),
+    )
+    result = run_study(study, energy=open_meter(), progress=_progress)
+    record = results.to_record(result, {**options, "task": [task]})
+    if args.out:
+        hardware = args.hardware or f"{record['environment']['num_cpus']}-core-cpu"
+        path = results.write(record, args.out, hardware)
+        try:
+            tables.plot(record, path.with_suffix(".png"))
+        except ImportError:
+            _progress("no plot: matplotlib is not installed (pip install 'trainonce[plot]')")
+        _progress(f"wrote {path}")
+    return record
+
+
+def _print(records: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    from trainonce.levers import tables
+
+    if args.json:
+        print(json.dumps(records))
+    else:
+        print("\n".join(tables.page(record) for record in records))
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

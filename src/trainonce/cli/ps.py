@@ -1,0 +1,55 @@
+"""`trainonce ps`: the running jobs of this user on this host."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from trainonce.controller import control_socket
+from trainonce.errors import JobNotFoundError, WireError
+
+if TYPE_CHECKING:
+    import argparse
+
+_TIMEOUT_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command."""
+    parser.add_argument("job", nargs="?", help="only this job")
+    parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the jobs; with a job named, fail if it does not run."""
+    if args.job:
+        jobs = [control_socket.request(args.job, op="status", timeout_s=_TIMEOUT_S)]
+    else:
+        jobs = [found for job in control_socket.running_jobs() if (found := _try_status(job))]
+    if args.json:
+        print(json.dumps(jobs))
+        return 0
+    if not jobs:
+        print("no job is running")
+    for job in jobs:
+        _show(job)
+    return 0
+
+
+def _try_status(job: str) -> dict[str, Any] | None:
+    try:
+        return control_socket.request(job, op="status", timeout_s=_TIMEOUT_S)
+    except (JobNotFoundError, WireError):
+        return None  # it ended between being listed and being asked
+
+
+def _show(job: dict[str, Any]) -> None:
+    print(
+        f"{job['job']}  {job['script']}  launcher pid {job['pid']}  step {job['step']}"
+        f"  generation {job['generation']}  incidents {job['incidents']}"
+    )
+    print(f"  {'rank':>6}  {'pid':>8}  {'step':>8}  phase")
+    for worker in job["workers"]:
+        rank = "spare" if worker["rank"] is None else worker["rank"]
+        place = f" ({worker['parked']})" if worker["parked"] else ""
+        print(f"  {rank:>6}  {worker['pid']:>8}  {worker['step']:>8}  {worker['phase']}{place}")

@@ -1,0 +1,1 @@
+"""Outside the training process: membership, policy, and the loop that supervises one job."""

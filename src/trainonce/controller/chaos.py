@@ -1,0 +1,113 @@
+"""Faults of the plan that the launcher carries out itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from typing import TYPE_CHECKING
+
+from trainonce.events import FaultInjected
+from trainonce.wire.faults import WORKER_FAULTS
+
+if TYPE_CHECKING:
+    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.migration import Migration
+    from trainonce.controller.recovery import Recovery
+    from trainonce.wire.faults import Fault
+
+_WAITING_S = 0.01
+_IDLE_S = 1.0
+
+
+class Chaos:
+    """Carries out migrations, resets, random faults and the like once their step has come.
+
+    Args:
+        job: The job.
+        recovery: Carries out resets.
+        migration: Carries out migrations.
+    """
+
+    def __init__(self, job: Job, recovery: Recovery, migration: Migration) -> None:
+        self._job = job
+        self._recovery = recovery
+        self._migration = migration
+        self._pending = [f for f in job.options.chaos if f.action not in (*WORKER_FAULTS, "random")]
+        self._random = [f for f in job.options.chaos if f.action == "random"]
+        self._generators = {f.index: random.Random(f.seed) for f in self._random}
+        self._due_s: dict[int, float] = {}
+
+    def interval_s(self) -> float:
+        """Return after how long to look again: soon while a fault waits for its step."""
+        return _WAITING_S if self._pending else _IDLE_S
+
+    def look(self) -> None:
+        """Carry out what is due."""
+        job = self._job
+        if not job.all_ready or job.is_ending or job.stopping or job.restarting:
+            return
+        for fault in [f for f in self._pending if job.step >= f.step]:
+            if self._carry_out(fault):
+                self._pending.remove(fault)
+        for fault in self._random:
+            self._random_fault(fault)
+
+    def _carry_out(self, fault: Fault) -> bool:
+        """Return False where it has to wait for its occasion."""
+        job = self._job
+        if fault.action == "kill_launcher":
+            self._record(fault.action, -1, os.getpid())
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault.action == "kill_spare":
+            spares = [handle for handle in job.spares() if handle.parked]
+            if not spares:
+                return False
+            self._record(fault.action, -1, spares[0].pid)
+            self._hit(spares[0], signal.SIGKILL, fault.action)
+            return True
+        if not job.membership.is_formed:
+            return False
+        if fault.action == "reset":
+            self._record(fault.action, fault.rank, 0)
+            self._recovery.reform("reset by the fault plan", chaos=True)
+        elif fault.action == "migrate":
+            self._migrate(fault.rank)
+        return True
+
+    def _random_fault(self, fault: Fault) -> None:
+        job = self._job
+        generator = self._generators[fault.index]
+        now = job.clock.mono_s()
+        due_s = self._due_s.setdefault(fault.index, now + generator.expovariate(1 / fault.every_s))
+        # Never while ranks are being rebuilt: with few ranks that takes the last living copy,
+        # and the plan is to test recovery, not restarts.
+        if now < due_s or not job.membership.is_formed or job.step < fault.step:
+            return
+        self._due_s[fault.index] = now + generator.expovariate(1 / fault.every_s)
+        action = generator.choice(("kill", "stop", "migrate", "kill_spare"))
+        rank = generator.randrange(job.options.nproc)
+        if action == "migrate":
+            self._migrate(rank)
+            return
+        spares = job.spares()
+        handle = spares[0] if action == "kill_spare" and spares else job.holder(rank)
+        if handle is None:
+            return
+        if action == "kill_spare" and not spares:
+            action = "kill"
+        self._record(action, handle.rank, handle.pid)
+        self._hit(handle, signal.SIGSTOP if action == "stop" else signal.SIGKILL, action)
+
+    def _hit(self, handle: WorkerHandle, signum: int, action: str) -> None:
+        handle.chaos = action
+        handle.process.signal_group(signum)
+
+    def _migrate(self, rank: int) -> None:
+        handle = self._job.holder(rank)
+        self._record("migrate", rank, handle.pid if handle else 0)
+        self._migration.request(rank, lambda _ok, _text: None, chaos=True)
+
+    def _record(self, action: str, rank: int, pid: int) -> None:
+        job = self._job
+        job.record(FaultInjected(fault=action, rank=rank, step=job.step, point="", pid=pid))

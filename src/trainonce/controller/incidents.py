@@ -1,0 +1,235 @@
+"""Incidents from their detection until training goes on, and the sentence that tells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from trainonce.events import Incident
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainonce.clock import Clock
+    from trainonce.wire.messages import Formed
+
+
+@dataclass(kw_only=True)
+class OpenIncident:
+    """An incident that is being served. Times are on the launcher's monotonic clock."""
+
+    number: int
+    ranks: list[int]
+    pids: list[int]
+    cause: str
+    detail: str
+    detected_by: str
+    step: int
+    generation: int
+    detected_mono_s: float
+    served_by: str = "rebuild"
+    planned: bool = False
+    chaos: bool = False
+    detected_s: float = 0.0
+    waiting: bool = False
+    waited_s: float = 0.0
+    announced: bool = False
+    recovered_mono_s: float = 0.0
+    steps_lost: int = 0
+    recomputed: int = 0
+    bytes_moved: int = 0
+    digest_before: str = ""
+    digest_after: str = ""
+    formed_step: int = 0
+    commit_times: dict[int, float] = field(default_factory=lambda: {})
+
+
+class IncidentTracker:
+    """Follows open incidents: opened at detection, closed at the next commit after recovery.
+
+    Args:
+        clock: The launcher's clock.
+        host: Where the workers run.
+        closed: Called with each incident when it closes, and with its sentence.
+    """
+
+    def __init__(self, clock: Clock, host: str, closed: Callable[[Incident, str], None]) -> None:
+        self._clock = clock
+        self._host = host
+        self._closed = closed
+        self.open: list[OpenIncident] = []
+        self.total = 0
+
+    @property
+    def wants_fine_time(self) -> bool:
+        """Whether a commit that ends a pause may come at any moment."""
+        return any(incident.announced for incident in self.open)
+
+    def begin(
+        self, *, ranks: list[int], pids: list[int], cause: str, detail: str, detected_by: str,
+        step: int, generation: int, served_by: str = "rebuild", planned: bool = False,
+        chaos: bool = False, last_sign_mono_s: float = 0.0,
+    ) -> OpenIncident:  # fmt: skip
+        """Open an incident that was detected now."""
+        now = self._clock.mono_s()
+        self.total += 1
+        incident = OpenIncident(
+            number=self.total, ranks=ranks, pids=pids, cause=cause, detail=detail,
+            detected_by=detected_by, step=step, generation=generation, served_by=served_by,
+            planned=planned, chaos=chaos, detected_mono_s=now,
+            detected_s=max(0.0, now - last_sign_mono_s) if last_sign_mono_s else 0.0,
+        )  # fmt: skip
+        self.open.append(incident)
+        return incident
+
+    def wait_for_spare(self) -> bool:
+        """Note that no spare is ready; tell whether that is news for some incident."""
+        fresh = [i for i in self.open if not i.waiting and not i.announced]
+        for incident in fresh:
+            incident.waiting = True
+        return bool(fresh)
+
+    def announce(self, served_by: str = "") -> None:
+        """Note that a generation was announced, or a restart begun, for all open incidents."""
+        now = self._clock.mono_s()
+        for incident in self.open:
+            if incident.waiting and not incident.announced:
+                incident.waited_s = now - incident.detected_mono_s
+            incident.announced = True
+            incident.recovered_mono_s = 0.0
+            incident.commit_times.clear()
+            incident.formed_step = 0
+            incident.served_by = served_by or incident.served_by
+
+    def note_formed(self, report: Formed, *, rank: int, newcomer: bool) -> None:
+        """Take in what a rank said when it joined."""
+        for incident in self.open:
+            incident.formed_step = max(incident.formed_step, report.step)
+            incident.bytes_moved += report.bytes_moved
+            # A drained rank stood at a commit: its successor begins the step, and repeats none.
+            incident.recomputed += 0 if incident.planned else report.recompute
+            if report.digest and newcomer and rank in incident.ranks:
+                incident.digest_after = report.digest
+            elif report.digest and not newcomer:
+                incident.digest_before = report.digest
+
+    def recovered(self, *, restarted_at: int | None = None) -> None:
+        """Note that all ranks are consistent; after a restart, at which step they stand."""
+        now = self._clock.mono_s()
+        served = [i for i in self.open if i.announced and not i.recovered_mono_s]
+        for incident in served:
+            incident.recovered_mono_s = now
+        if restarted_at is not None and served:
+            lost = max(0, max(incident.step for incident in served) - restarted_at)
+            # Shared between those that led to it: their sum is what was lost, once.
+            for place, incident in enumerate(reversed(served)):
+                incident.formed_step = restarted_at
+                incident.steps_lost = (lost + len(served) - 1 - place) // len(served)
+        self._close_ready()
+
+    def note_step(self, step: int) -> None:
+        """Note that `step` steps are committed; closes incidents whose pause this ends."""
+        if not self.open:
+            return
+        now = self._clock.mono_s()
+        for incident in self.open:
+            if incident.announced:
+                incident.commit_times.setdefault(step, now)
+        self._close_ready()
+
+    def close_all(self, *, served: bool) -> None:
+        """Close what is open when the job ends; `served` tells whether training was finished."""
+        now = self._clock.mono_s()
+        for incident in self.open:
+            if not served and not incident.recovered_mono_s:
+                incident.served_by = "none"
+            self._finish(incident, now)
+        self.open = []
+
+    def _close_ready(self) -> None:
+        still: list[OpenIncident] = []
+        for incident in self.open:
+            later = [t for s, t in incident.commit_times.items() if s > incident.formed_step]
+            if incident.recovered_mono_s and later:
+                self._finish(incident, min(later))
+            else:
+                still.append(incident)
+        self.open = still
+
+    def _finish(self, incident: OpenIncident, resumed_mono_s: float) -> None:
+        recovered_s = incident.recovered_mono_s or resumed_mono_s
+        event = Incident(
+            wall_s=self._clock.wall_s(),
+            mono_s=incident.detected_mono_s,
+            incident=incident.number,
+            ranks=incident.ranks,
+            cause=incident.cause,
+            detail=incident.detail,
+            detected_by=incident.detected_by,
+            served_by=incident.served_by,
+            step=incident.step,
+            generation=incident.generation,
+            planned=incident.planned,
+            chaos=incident.chaos,
+            detected_s=incident.detected_s,
+            pause_s=max(0.0, resumed_mono_s - incident.detected_mono_s),
+            recovery_s=max(0.0, recovered_s - incident.detected_mono_s),
+            steps_lost=incident.steps_lost,
+            micro_batches_recomputed=incident.recomputed,
+            bytes_moved=incident.bytes_moved,
+            digest_before=incident.digest_before,
+            digest_after=incident.digest_after,
+            waited_for_spare_s=incident.waited_s,
+            host=self._host,
+            pids=incident.pids,
+        )
+        self._closed(event, sentence(event))
+
+
+def sentence(event: Incident) -> str:
+    """Return `event` as one sentence."""
+    return f"{what_happened(event)}; {_how_served(event)}"
+
+
+def what_happened(event: Incident | OpenIncident) -> str:
+    """Return the first half of the sentence: who, what, when."""
+    plural = len(event.ranks) != 1
+    who = f"rank{'s' if plural else ''} {' and '.join(map(str, event.ranks))}"
+    pids = f"(pid{'s' if plural else ''} {', '.join(map(str, event.pids))})"
+    what = {
+        "signal": f"{who} {pids} died of {event.detail}",
+        "oom": f"{who} {pids} was killed for memory",
+        "exit": f"{who} {pids} ended with {event.detail} before the job was done",
+        "exception": f"{who} {pids} raised {event.detail}",
+        "hang": f"{who} {pids} hung: {event.detail}",
+        "connection": f"the connection between the ranks broke ({event.detail})",
+        "migration": f"{who} {pids} moved on request",
+    }.get(event.cause, f"{who} {pids}: {event.cause}, {event.detail}")
+    return f"{what} at step {event.step}"
+
+
+def _how_served(event: Incident) -> str:
+    place = "its place" if len(event.ranks) == 1 else "their places"
+    taker = "a spare" if len(event.ranks) == 1 else "spares"
+    if event.waited_for_spare_s:
+        taker = "a new worker" if len(event.ranks) == 1 else "new workers"
+    how = {
+        "rebuild": f"{taker} took {place}",
+        "migration": f"{taker} took {place}",
+        "reform": "the same ranks connected again",
+        "restart": "all ranks were started again from the beginning",
+        "checkpoint": "all ranks went on from the last checkpoint",
+    }.get(event.served_by, "")
+    if not how:
+        return "the job ended"
+    lost = "nothing lost"
+    if event.steps_lost:
+        lost = f"{event.steps_lost} step{'s' if event.steps_lost != 1 else ''} to compute again"
+    return f"{how}: paused {duration(event.pause_s)}, {lost}"
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` for people: "61 ms", "2.4 s", "3.5 min"."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

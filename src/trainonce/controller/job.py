@@ -1,0 +1,317 @@
+"""The running job as the parts of the launcher share it: workers, membership, and who to tell."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import selectors
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from trainonce.controller import environment
+from trainonce.controller.incidents import IncidentTracker
+from trainonce.controller.membership import Membership
+from trainonce.controller.policy import SpareStatus
+from trainonce.controller.timers import Timers
+from trainonce.engines.base import LaunchSpec
+from trainonce.wire.faults import WORKER_FAULTS
+from trainonce.wire.messages import Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trainonce.clock import Clock
+    from trainonce.controller.logs import LogFiles
+    from trainonce.controller.options import RunOptions
+    from trainonce.controller.policy import Death
+    from trainonce.controller.store import Store
+    from trainonce.engines.base import Engine, ExitStatus, WorkerProcess
+    from trainonce.events import Event, Incident
+    from trainonce.wire.messages import Failed, FaultFiring, Message
+
+DEFAULT_RESTARTS = 3
+
+
+class Ledger(Protocol):
+    """Where events are kept."""
+
+    def append(self, job_id: str, event: Event, /) -> None:
+        """Keep `event`; thread-safe, and never raises into the control loop."""
+        ...
+
+
+class View(Protocol):
+    """Where the user watches."""
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        ...
+
+
+@dataclass(frozen=True)
+class Doom:
+    """Why the launcher itself ended a worker; the words are those of an incident."""
+
+    cause: str
+    detail: str
+    detected_by: str
+
+
+@dataclass(kw_only=True, eq=False)
+class WorkerHandle:
+    """One worker as the launcher knows it. `rank` is -1 while it holds none."""
+
+    worker: int
+    process: WorkerProcess
+    rank: int
+    connected: bool = True
+    said_hello: bool = False
+    parked: str = ""
+    ready: bool = False
+    failed: Failed | None = None
+    firing: FaultFiring | None = None
+    doom: Doom | None = None
+    chaos: str = ""
+    dismissed: bool = False
+    fenced: bool = False
+    ended: ExitStatus | None = None
+    stopped_since_s: float | None = None
+    promoted_s: float | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.pid
+
+    def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Send `message`. A worker that is gone will be noticed by its exit."""
+        if self.connected:
+            self.process.channel.try_send(message, fds)
+
+
+class Job:
+    """State and small operations that every part of the launcher needs.
+
+    Args:
+        options: What to run.
+        job_id: Its id.
+        folder: `<home>/jobs/<job>`.
+        engine: Starts workers.
+        clock: Measures time.
+        ledger: Keeps events.
+        view: Shows lines.
+        logs: Decides where a worker's output goes.
+        store: The store for rendezvous; not owned.
+        resume: Folder of the checkpoint to start from; empty for none.
+    """
+
+    def __init__(
+        self, options: RunOptions, *, job_id: str, folder: Path, engine: Engine, clock: Clock,
+        ledger: Ledger, view: View, logs: LogFiles, store: Store, resume: str = "",
+    ) -> None:  # fmt: skip
+        self.options = options
+        self.id = job_id
+        self.folder = folder
+        self.engine = engine
+        self.clock = clock
+        self.view = view
+        self.logs = logs
+        self.timers = Timers(clock)
+        self.selector = selectors.DefaultSelector()
+        self.membership = Membership(workers=())
+        self.workers: dict[int, WorkerHandle] = {}
+        self.incidents = IncidentTracker(clock, engine.host, self._incident_closed)
+        self.deaths: list[Death] = []
+        self.fired: set[int] = set()
+        self.step = 0
+        self.done_ranks: set[int] = set()
+        self.uses_trainonce = False
+        self.all_ready = False
+        self.restarting = False
+        self.stopping = 0
+        self.exit_code: int | None = None
+        self.outcome = ""
+        self.reason = ""
+        self.forming_since_s = clock.mono_s()
+        self.on_incident: Callable[[Incident, str], None] | None = None
+        self._ledger = ledger
+        self.store = store
+        self.resume_from = ""
+        self._initial_resume = resume
+        self._mirrors: dict[int, int] = {}
+        self._next_worker = 0
+        self._said: set[str] = set()
+
+    # ------------------------------------------------------------------ telling
+
+    def say(self, text: str, *, once: str = "") -> None:
+        """Show `text`; only the first time for each value of `once`."""
+        if once and once in self._said:
+            return
+        self._said.add(once)
+        self.view.say(text)
+
+    def record(self, event: Event) -> None:
+        """Stamp `event` where it has no time yet, and keep it."""
+        if not event.wall_s:
+            event = dataclasses.replace(
+                event, wall_s=self.clock.wall_s(), mono_s=self.clock.mono_s()
+            )
+        self._ledger.append(self.id, event)
+
+    def _incident_closed(self, event: Incident, sentence: str) -> None:
+        self.record(event)
+        self.say(sentence)
+        if self.on_incident is not None:
+            self.on_incident(event, sentence)
+
+    # ------------------------------------------------------------------ workers
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the workers of this job keep durable checkpoints."""
+        return self.folder / "checkpoints"
+
+    def find_resume(self) -> str:
+        """Return the folder that a start of all ranks resumes from; empty for the beginning."""
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            return str(self.checkpoints)
+        return self._initial_resume
+
+    @property
+    def max_restarts(self) -> int:
+        """How many times all ranks may be started again."""
+        if self.options.max_restarts is not None:
+            return self.options.max_restarts
+        return DEFAULT_RESTARTS if self.uses_trainonce else 0
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the outcome is settled and only the workers have to go."""
+        return self.exit_code is not None
+
+    def start_worker(self, rank: int = -1) -> WorkerHandle:
+        """Start a worker for `rank`, or a spare."""
+        worker = self._next_worker
+        self._next_worker += 1
+        stdout, stderr = self.logs.files(rank, worker, self.membership.incarnation)
+        spec = LaunchSpec(
+            worker=worker,
+            command=environment.command(self.options, rank),
+            env=environment.environment(
+                self.options,
+                job=self.id,
+                worker=worker,
+                rank=rank,
+                incarnation=self.membership.incarnation,
+                store_port=self.store.port,
+                max_restarts=self.max_restarts,
+            ),
+            stdout=stdout,
+            stderr=stderr,
+        )
+        process = self.engine.start(spec)
+        handle = WorkerHandle(worker=worker, process=process, rank=rank)
+        self.workers[worker] = handle
+        self.selector.register(process.exit_fd, selectors.EVENT_READ, ("exit", handle))
+        self.selector.register(process.channel.fileno(), selectors.EVENT_READ, ("message", handle))
+        return handle
+
+    def forget(self, handle: WorkerHandle) -> None:
+        """Release a worker that was reaped."""
+        self.selector.unregister(handle.process.exit_fd)
+        self.disconnect(handle)
+        handle.process.close()
+        del self.workers[handle.worker]
+
+    def disconnect(self, handle: WorkerHandle) -> None:
+        """Stop listening to a worker."""
+        if handle.connected:
+            handle.connected = False
+            self.selector.unregister(handle.process.channel.fileno())
+
+    def ranked(self) -> list[WorkerHandle]:
+        """Return the workers that hold a rank in the current membership, by rank."""
+        found = [
+            self.workers.get(worker)
+            for rank, worker in enumerate(self.membership.workers)
+            if rank not in self.membership.lost
+        ]
+        return [handle for handle in found if handle is not None]
+
+    def read_step(self) -> int:
+        """Read the ranks' pages; return the most steps that a rank has committed."""
+        if not self.restarting:
+            commits = [handle.process.progress["commits"] for handle in self.ranked()]
+            self.step = max([self.step, *commits])
+        return self.step
+
+    def holder(self, rank: int) -> WorkerHandle | None:
+        """Return the worker that holds `rank`; None if it is lost."""
+        if rank in self.membership.lost or rank >= len(self.membership.workers):
+            return None
+        return self.workers.get(self.membership.workers[rank])
+
+    def spares(self) -> list[WorkerHandle]:
+        """Return the workers without a rank that are to stay."""
+        return [
+            handle
+            for handle in self.workers.values()
+            if handle.rank < 0 and not handle.dismissed and handle.ended is None
+        ]
+
+    def spare_statuses(self) -> list[SpareStatus]:
+        """Return where the spares stand, as the policy wants to know it."""
+        return [
+            SpareStatus(
+                worker=handle.worker,
+                where=handle.parked,
+                connected=handle.said_hello,
+                stopped=handle.process.is_stopped(),
+            )
+            for handle in self.spares()
+        ]
+
+    # ------------------------------------------------------------------ generations
+
+    def keep_mirror(self, rank: int, fd: int) -> None:
+        """Hold the shared memory with the local state of `rank`; owns `fd`."""
+        if (old := self._mirrors.pop(rank, None)) is not None:
+            os.close(old)
+        self._mirrors[rank] = fd
+
+    def drop_mirrors(self) -> None:
+        """Let go of all mirrors: all ranks start again, or the job is over."""
+        for fd in self._mirrors.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._mirrors.clear()
+
+    def send_generation(self, rank: int) -> None:
+        """Tell the worker of `rank` the current membership."""
+        handle = self.holder(rank)
+        if handle is None:
+            return
+        membership = self.membership
+        newcomer = rank in membership.newcomers
+        fds = (self._mirrors[rank],) if newcomer and rank in self._mirrors else ()
+        message = Generation(
+            generation=membership.generation,
+            rank=rank,
+            workers=list(membership.workers),
+            newcomers=sorted(membership.newcomers),
+            store_port=self.store.port,
+            incarnation=membership.incarnation,
+            faults=[
+                fault.to_record()
+                for fault in self.options.chaos
+                if fault.action in WORKER_FAULTS
+                and fault.rank == rank
+                and fault.index not in self.fired
+            ],
+            resume="" if self.all_ready else self.resume_from,
+            mirrors=len(fds),
+        )
+        handle.send(message, fds)

@@ -1,0 +1,120 @@
+"""From options to a running job: ids, folders, and the parts put together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainonce import settings
+from trainonce.clock import SystemClock
+from trainonce.controller.control_socket import ControlServer
+from trainonce.controller.job import Job
+from trainonce.controller.live import LiveView
+from trainonce.controller.logs import LogFiles
+from trainonce.controller.store import TorchStore
+from trainonce.controller.supervisor import Supervisor
+from trainonce.engines.local import LocalEngine
+from trainonce.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainonce.controller.job import Ledger
+    from trainonce.controller.options import RunOptions
+
+
+def new_job_id() -> str:
+    """Return a short id that sorts by time and is unique: "1120-2101-k3f9"."""
+    now = datetime.datetime.now(tz=datetime.UTC)
+    letters = "abcdefghjkmnpqrstuvwxyz23456789"
+    return f"{now:%m%d-%H%M%S}-{''.join(secrets.choice(letters) for _ in range(4))}"
+
+
+def resume_folder(options: RunOptions) -> str:
+    """Return the checkpoint folder that `--resume` names; empty for none.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not options.resume:
+        return ""
+    for folder in (settings.home() / "jobs" / options.resume / "checkpoints",
+                   Path(options.resume)):  # fmt: skip
+        if folder.is_dir():
+            return str(folder)
+    raise ConfigError(
+        f"--resume {options.resume}: there is neither a job of that id with checkpoints nor a"
+        " folder of that name",
+        hint=f"jobs are kept in {settings.home() / 'jobs'}",
+    )
+
+
+def run_job(options: RunOptions, ledger: Ledger) -> int:
+    """Run one job on this host and return the exit code of `trainonce run`.
+
+    Call it from the main thread of a process: it handles signals.
+
+    Args:
+        options: What to run.
+        ledger: Keeps the events.
+
+    Raises:
+        ConfigError: Options, script, port or folders cannot be used; nothing was started.
+    """
+    job_id = options.job or new_job_id()
+    folder = settings.home() / "jobs" / job_id
+    resume = resume_folder(options)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {folder}: {error.strerror}",
+            hint=f"set {settings.HOME.name} to a folder of yours",
+        ) from error
+    clock = SystemClock()
+    live = LiveView(sys.stderr, clock)
+    with (
+        contextlib.closing(live),
+        contextlib.closing(ControlServer(job_id)) as control,
+        contextlib.closing(TorchStore(options.master_port)) as store,
+    ):
+        job = Job(
+            options,
+            job_id=job_id,
+            folder=folder,
+            engine=LocalEngine(),
+            clock=clock,
+            ledger=ledger,
+            view=live,
+            logs=LogFiles(options, folder / "logs", job_id),
+            store=store,
+            resume=resume,
+        )
+        live.say(_first_line(options, job))
+        for notice in options.notices:
+            live.say(f"note: {notice}")
+        code = Supervisor(job, live=live, control=control).run()
+        live.say(_last_line(job, code))
+        return code
+
+
+def _first_line(options: RunOptions, job: Job) -> str:
+    ranks = f"{options.nproc} rank{'s' if options.nproc != 1 else ''}"
+    spares = f", {options.spares} spare{'s' if options.spares != 1 else ''}"
+    threads = ""
+    if options.nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = ", OMP_NUM_THREADS=1 (set it to choose)"
+    found = job.find_resume()
+    resume = f", from {found}" if found else ""
+    return f"job {job.id}: {ranks}{spares if options.spares else ''}{resume}{threads}"
+
+
+def _last_line(job: Job, code: int) -> str:
+    reason = f": {job.reason}" if job.reason else ""
+    incidents = job.incidents.total
+    after = f", {incidents} incident{'s' if incidents != 1 else ''}" if incidents else ""
+    steps = f" after {job.step} step{'s' if job.step != 1 else ''}" if job.step else ""
+    return f"job {job.id} {job.outcome}{steps}{after}, exit code {code}{reason}"

@@ -1,0 +1,123 @@
+"""Planned moves of a rank to a spare while it trains."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainonce.controller.policy import rank_spares
+from trainonce.wire.messages import Drain, Exit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.recovery import Recovery
+    from trainonce.events import Incident
+
+_LEAVE_S = 5.0
+
+
+@dataclass(eq=False)
+class _Move:
+    rank: int
+    answer: Callable[[bool, str], None]
+    chaos: bool
+    worker: int = -1
+    served: bool = False
+
+
+class Migration:
+    """Moves ranks on request, one at a time.
+
+    Args:
+        job: The job.
+        recovery: Announces the generation in which the spare holds the rank.
+    """
+
+    def __init__(self, job: Job, recovery: Recovery) -> None:
+        self._job = job
+        self._recovery = recovery
+        self._moves: deque[_Move] = deque()
+
+    def request(
+        self, rank: int, answer: Callable[[bool, str], None], *, chaos: bool = False
+    ) -> None:
+        """Move `rank` to a spare; `answer` is called once with success and a sentence."""
+        job = self._job
+        refusal = ""
+        if not 0 <= rank < job.options.nproc:
+            refusal = f"there is no rank {rank}: the job has ranks 0 to {job.options.nproc - 1}"
+        elif not job.uses_trainonce or not job.all_ready:
+            refusal = "the job has not begun its first step"
+        elif job.options.nproc == 1:
+            refusal = "a job of one rank has no second copy to move from"
+        elif job.is_ending or job.stopping or job.done_ranks:
+            refusal = "the job is ending"
+        elif any(move.rank == rank for move in self._moves):
+            refusal = f"rank {rank} is being moved already"
+        if refusal:
+            answer(False, refusal)
+            return
+        self._moves.append(_Move(rank, answer, chaos))
+        self.advance()
+
+    def advance(self) -> None:
+        """Begin the next move if the job is whole and a spare is parked."""
+        job = self._job
+        if not self._moves or not job.membership.is_formed or job.restarting or job.stopping:
+            return
+        move = self._moves[0]
+        handle = job.holder(move.rank)
+        if handle is None or handle.worker == move.worker or move.served:
+            return
+        statuses = job.spare_statuses()
+        parked = {status.worker for status in statuses if status.where}
+        if any(worker in parked for worker in rank_spares(statuses)):
+            move.worker = handle.worker
+            handle.send(Drain())
+        elif not any(not status.stopped for status in statuses):
+            job.say(f"moving rank {move.rank}: no spare is ready, starting a new worker")
+            job.start_worker()
+
+    def handle_drained(self, handle: WorkerHandle) -> None:
+        """The worker stands at a commit and does nothing more: hand its rank to a spare."""
+        job = self._job
+        if not self._moves or self._moves[0].worker != handle.worker:
+            return
+        move = self._moves[0]
+        move.served = True
+        job.read_step()
+        job.incidents.begin(
+            ranks=[move.rank], pids=[handle.pid], cause="migration", detail="on request",
+            detected_by="request", step=job.step, generation=job.membership.generation,
+            served_by="migration", planned=True, chaos=move.chaos,
+        )  # fmt: skip
+        job.membership = job.membership.lose([move.rank])
+        handle.rank, handle.dismissed = -1, True
+        self._recovery.serve()
+        handle.send(Exit())
+        job.timers.after(_LEAVE_S, lambda: self._kill(handle))
+
+    def handle_deaths(self, dead: list[WorkerHandle]) -> None:
+        """A rank that dies before it is drained is rebuilt in the ordinary way."""
+        for move in [m for m in self._moves if not m.served]:
+            if any(handle.rank == move.rank for handle in dead):
+                self._moves.remove(move)
+                move.answer(False, f"rank {move.rank} died before it could move; it is rebuilt")
+
+    def handle_incident(self, event: Incident, sentence: str) -> None:
+        """A move is over when its incident closes."""
+        if event.cause == "migration" and self._moves and self._moves[0].served:
+            self._moves.popleft().answer(event.served_by == "migration", sentence)
+            self.advance()
+
+    def abandon(self, why: str) -> None:
+        """Answer every request that is still open."""
+        while self._moves:
+            self._moves.popleft().answer(False, why)
+
+    def _kill(self, handle: WorkerHandle) -> None:
+        if handle.ended is None:
+            handle.process.signal_group(9)

@@ -1,0 +1,261 @@
+"""What to do about hangs, deaths and spares: pure functions that return decisions.
+
+A decision carries its reason, and the launcher shows that same reason.
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainonce.errors import ConfigError
+from trainonce.wire.progress import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Action(enum.Enum):
+    """What the launcher does next."""
+
+    WAIT = "wait"
+    REPLACE = "replace"
+    REFORM = "reform"
+    RESTART = "restart"
+    END = "end"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """An action, the ranks it is about, and why."""
+
+    action: Action
+    reason: str
+    ranks: tuple[int, ...] = ()
+
+
+# ------------------------------------------------------------------------------- hangs
+
+
+@dataclass(frozen=True, kw_only=True)
+class HangLimits:
+    """How long no progress is not yet a hang.
+
+    Inside a section the limit is `max(floor_s, multiple * median step time)`. Between
+    sections the launcher cannot know what the script does, so the floor is higher there.
+
+    Args:
+        floor_s: Least limit while some rank is inside a section.
+        outside_floor_s: Least limit while no rank is.
+        multiple: Of the median step time.
+        forming_s: A generation that has not formed for this long has hung newcomers.
+        stopped_s: A process that was stopped (SIGSTOP) for this long is a hang.
+    """
+
+    floor_s: float = 60.0
+    outside_floor_s: float = 600.0
+    multiple: float = 10.0
+    forming_s: float = 300.0
+    stopped_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.floor_s, self.outside_floor_s, self.multiple, self.forming_s) <= 0:
+            raise ConfigError(f"a hang limit must be above 0, not {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankStatus:
+    """Where a rank stands, as read from its progress page.
+
+    Args:
+        rank: Which one.
+        phase: What it is doing.
+        commits: Committed steps.
+        issued: Collectives issued by its worker.
+        silent_s: Since something on its page last changed.
+        busy_s: For how much longer it said it would be saving or compiling.
+        stopped_s: For how long its process has been stopped; 0 if it runs.
+        newcomer: Its worker is not consistent yet, or was promoted in this generation.
+    """
+
+    rank: int
+    phase: Phase
+    commits: int = 0
+    issued: int = 0
+    silent_s: float = 0.0
+    busy_s: float = 0.0
+    stopped_s: float = 0.0
+    newcomer: bool = False
+
+
+_OUTSIDE = (Phase.STARTING, Phase.SETUP, Phase.BETWEEN)
+
+
+def judge_progress(
+    ranks: Sequence[RankStatus],
+    limits: HangLimits,
+    *,
+    step_times_s: Sequence[float] = (),
+    forming_s: float | None = None,
+) -> Decision:
+    """Decide whether some rank hangs, and which.
+
+    The culprit is a rank that has not entered the collective the others wait in. A rank
+    that makes progress, however slow, is left alone; so is a job in which nobody waits for
+    anybody, since then no rank is proven to be at fault.
+
+    Args:
+        ranks: Every rank that has a worker.
+        limits: How long is too long.
+        step_times_s: Recent step times.
+        forming_s: For how long the current generation has been forming; None once formed.
+    """
+    stopped = [r for r in ranks if r.stopped_s > limits.stopped_s]
+    if stopped:
+        return Decision(
+            Action.REPLACE,
+            f"stopped for {max(r.stopped_s for r in stopped):.1f} s,"
+            f" limit {limits.stopped_s:.1f} s",
+            tuple(r.rank for r in stopped),
+        )
+    if forming_s is not None:
+        late = tuple(r.rank for r in ranks if r.newcomer and r.busy_s <= 0)
+        if forming_s > limits.forming_s and late:
+            return Decision(
+                Action.REPLACE,
+                f"not consistent after {forming_s:.1f} s, limit {limits.forming_s:.1f} s",
+                late,
+            )
+        return Decision(Action.WAIT, "a generation is forming")
+    if not ranks or any(r.busy_s > 0 for r in ranks):
+        return Decision(Action.WAIT, "a rank is saving or compiling")
+    silent_s = min(r.silent_s for r in ranks)
+    waiting = [r for r in ranks if r.phase == Phase.WAITING]
+    others = [r for r in ranks if r.phase not in (Phase.WAITING, Phase.DONE, Phase.DRAINED)]
+    outside = bool(others) and all(r.phase in _OUTSIDE for r in others)
+    limit_s = max(
+        limits.outside_floor_s if outside else limits.floor_s,
+        limits.multiple * statistics.median(step_times_s) if step_times_s else 0.0,
+    )
+    if silent_s <= limit_s:
+        return Decision(Action.WAIT, f"silent {silent_s:.1f} s, limit {limit_s:.1f} s")
+    reason = f"no progress for {silent_s:.1f} s, limit {limit_s:.1f} s"
+    if not waiting:
+        return Decision(Action.WAIT, f"{reason}, but no rank waits for another")
+    if others:
+        least = min(r.issued for r in others)
+        return Decision(Action.REPLACE, reason, tuple(r.rank for r in others if r.issued == least))
+    return Decision(Action.REFORM, f"{reason}, and all ranks wait in a collective")
+
+
+# ------------------------------------------------------------------------------- deaths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """The end of one ranked worker.
+
+    Args:
+        rank: The rank it held.
+        step: Steps it had committed; -1 if not every rank had finished its set-up.
+        cause: As in `trainonce.events.Incident`.
+        detail: As in `trainonce.events.Incident`.
+        chaos: A fault plan did it.
+        signum: The signal that ended it; 0 for none.
+    """
+
+    rank: int
+    step: int
+    cause: str
+    detail: str
+    chaos: bool = False
+    signum: int = 0
+
+
+# Signals by which a program ends itself when it is broken. The others come from outside, so
+# meeting them twice proves nothing about the script.
+_OF_THE_PROGRAM = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP}
+)
+_LIMIT_OF_THE_PROGRAM = 2
+_LIMIT_FROM_OUTSIDE = 5
+
+
+def is_of_the_script(death: Death) -> bool:
+    """Tell whether `death` looks like the script's own doing."""
+    if death.chaos:
+        return False
+    return death.cause in ("exception", "exit") or death.signum in _OF_THE_PROGRAM
+
+
+def judge_death(history: Sequence[Death], world_size: int) -> Decision:
+    """Decide whether the last death of `history` is one to recover from.
+
+    The same death of the same rank in the same section, by the worker that replaced the
+    first, is a bug and not a failure: the second time if the script did it, the fifth time
+    if it came from outside. So is the same exception from all ranks.
+
+    Args:
+        history: Every death of the job, oldest first.
+        world_size: Number of ranks.
+    """
+    last = history[-1]
+    if last.chaos:
+        return Decision(Action.REPLACE, "injected by the fault plan", (last.rank,))
+    alike = [
+        d
+        for d in history
+        if not d.chaos and (d.step, d.cause, d.detail) == (last.step, last.cause, last.detail)
+    ]
+    times = sum(d.rank == last.rank for d in alike)
+    ranks = {d.rank for d in alike}
+    where = f"step {last.step}" if last.step >= 0 else "the set-up"
+    limit = _LIMIT_OF_THE_PROGRAM if is_of_the_script(last) else _LIMIT_FROM_OUTSIDE
+    if times >= limit:
+        return Decision(
+            Action.END,
+            f"rank {last.rank} ended with {last.detail} in {where}, {times} times",
+            (last.rank,),
+        )
+    if last.cause == "exception" and world_size > 1 and len(ranks) == world_size:
+        return Decision(
+            Action.END, f"every rank ended with {last.detail} in {where}", tuple(sorted(ranks))
+        )
+    return Decision(Action.REPLACE, f"{last.detail} in {where}, for the first time", (last.rank,))
+
+
+# ------------------------------------------------------------------------------- spares
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpareStatus:
+    """A worker without a rank.
+
+    Args:
+        worker: Its id.
+        where: Where it is parked; empty while it starts.
+        connected: It has said Hello, so it can be promoted.
+        stopped: Its process was stopped by a signal.
+    """
+
+    worker: int
+    where: str = ""
+    connected: bool = False
+    stopped: bool = False
+
+
+_BEST_PLACES = ("loop", "section")
+
+
+def rank_spares(spares: Sequence[SpareStatus]) -> list[int]:
+    """Return the workers that can be promoted, the best first.
+
+    A spare that waits before its first batch takes over fastest; one that is parked earlier
+    in the script, or still on its way, has more to do.
+    """
+    able = [s for s in spares if s.connected and not s.stopped]
+    return [s.worker for s in sorted(able, key=lambda s: (s.where not in _BEST_PLACES, not s.where,
+                                                          s.worker))]  # fmt: skip

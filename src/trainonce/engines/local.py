@@ -1,0 +1,176 @@
+"""Workers as processes of this host: the embedded default engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainonce import settings
+from trainonce.engines.base import ExitStatus
+from trainonce.engines.guard import Guard
+from trainonce.errors import ConfigError
+from trainonce.wire.channel import Channel
+from trainonce.wire.progress import Progress
+
+if TYPE_CHECKING:
+    from trainonce.engines.base import LaunchSpec
+
+# A worker that does not read its messages must never hold up the launcher.
+_SEND_TIMEOUT_S = 1
+
+
+class LocalProcess:
+    """A worker of this host: leader of its own session, watched through a pidfd."""
+
+    def __init__(
+        self, popen: subprocess.Popen[bytes], channel: Channel, progress: Progress, guard: Guard
+    ) -> None:
+        self._popen = popen
+        self._guard = guard
+        self._pidfd = os.pidfd_open(popen.pid)
+        self._channel = channel
+        self._progress = progress
+        self._status: ExitStatus | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id; also the id of its process group and session."""
+        return self._popen.pid
+
+    @property
+    def channel(self) -> Channel:
+        """The launcher's end of the control connection."""
+        return self._channel
+
+    @property
+    def progress(self) -> Progress:
+        """The page on which the worker says where it stands."""
+        return self._progress
+
+    @property
+    def exit_fd(self) -> int:
+        """The pidfd: readable once the process has ended."""
+        return self._pidfd
+
+    def signal_group(self, signum: int) -> None:
+        """Send `signum` to the whole process group; nothing happens once it was reaped."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signum)
+
+    def reap(self) -> ExitStatus:
+        """Kill the rest of the group, then collect the leader."""
+        if self._status is None:
+            # While the leader is not yet collected its id cannot be given to another process,
+            # so this reaches exactly our group: loader children, mostly.
+            self.signal_group(signal.SIGKILL)
+            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            assert info is not None
+            if info.si_code == os.CLD_EXITED:
+                self._status = ExitStatus(code=info.si_status)
+                self._popen.returncode = info.si_status
+            else:
+                self._status = ExitStatus(signum=info.si_status)
+                self._popen.returncode = -info.si_status
+            self._guard.remove(self.pid)
+        return self._status
+
+    def trust(self) -> None:
+        """Grant the worker time to end by itself should the launcher die."""
+        self._guard.trust(self.pid)
+
+    def is_stopped(self) -> bool:
+        """Read the state of the process: "T" is stopped, "t" is traced by a debugger."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_bytes()
+        except OSError:
+            return False
+        return stat.rpartition(b")")[2].split(maxsplit=1)[0] == b"T"
+
+    def close(self) -> None:
+        """Release connection, page and descriptors."""
+        self._channel.close()
+        self._progress.close()
+        os.close(self._pidfd)
+
+
+class LocalEngine:
+    """Starts workers as processes of this host.
+
+    Each is the leader of its own session, so that a signal to its group reaches the
+    processes it started and a Ctrl-C at the terminal reaches only the launcher. A guard
+    process ends them should the launcher be killed.
+
+    Args:
+        grace_s: After the death of the launcher, how long workers that speak our protocol
+            may take to finish their step and write a checkpoint.
+    """
+
+    def __init__(self, *, grace_s: float = 120.0) -> None:
+        self._guard = Guard(grace_s=grace_s)
+
+    @property
+    def host(self) -> str:
+        """Name of this host."""
+        return socket.gethostname()
+
+    def start(self, spec: LaunchSpec) -> LocalProcess:
+        """Start one worker and return at once.
+
+        Raises:
+            ConfigError: The program cannot be started, or an output file cannot be opened.
+        """
+        self._guard.ensure()
+        channel, theirs = Channel.pair()
+        _limit_sending(channel)
+        progress, progress_fd = Progress.create()
+        env = {
+            **spec.env,
+            settings.CONTROL_FD.name: str(theirs.fileno()),
+            settings.PROGRESS_FD.name: str(progress_fd),
+        }
+        try:
+            with contextlib.ExitStack() as files:
+                popen = subprocess.Popen(
+                    spec.command,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=files.enter_context(spec.stdout.open("ab")) if spec.stdout else None,
+                    stderr=files.enter_context(spec.stderr.open("ab")) if spec.stderr else None,
+                    start_new_session=True,
+                    pass_fds=(theirs.fileno(), progress_fd),
+                )
+        except OSError as error:
+            channel.close()
+            progress.close()
+            raise ConfigError(
+                f"cannot start {spec.command[0]!r}: {error}",
+                hint="check that the program exists and can be executed",
+            ) from error
+        finally:
+            theirs.close()
+            os.close(progress_fd)
+        process = LocalProcess(popen, channel, progress, self._guard)
+        self._guard.add(popen.pid)
+        return process
+
+    def maintain(self) -> None:
+        """Start the guard again if somebody killed it."""
+        self._guard.ensure()
+
+    def close(self) -> None:
+        """Dismiss the guard."""
+        self._guard.close()
+
+
+def _limit_sending(channel: Channel) -> None:
+    with socket.socket(fileno=os.dup(channel.fileno())) as same:
+        same.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT_S, 0)
+        )

@@ -1,0 +1,1 @@
+"""Lightning, Hugging Face and torchtitan."""

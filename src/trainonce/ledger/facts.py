@@ -1,0 +1,146 @@
+"""The events of one job, sorted into what the accounts need."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from trainonce.events import (
+    BudgetCrossed,
+    CheckpointSaved,
+    ComputeSaved,
+    EnergyUsed,
+    Event,
+    FaultInjected,
+    GenerationFormed,
+    Incident,
+    JobEnded,
+    JobStarted,
+    LeverApplied,
+    ProgressMade,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from trainonce.ledger.reading import JobSummary
+
+
+_E = TypeVar("_E", bound=Event)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """What the ledger knows of one job.
+
+    Args:
+        summary: The job in a line.
+        started_wall_s: When it began.
+        elapsed_s: From the beginning to the end; for a running job until now, for a lost one
+            until its last word. On the monotonic clock where both ends have one.
+        formed_s: Seconds from the beginning to the first generation being consistent; None
+            where that never came.
+        start_step: Committed steps that the job began with (0 unless resumed).
+        end_step: Committed steps at the last word.
+        step_s: Median duration of a step over the samples of progress; 0 where unknown.
+        samples: Samples consumed at the last word.
+        tokens: Tokens consumed at the last word.
+        resumed_from: Folder of the checkpoint the job began from, or "".
+        incidents: In order.
+        checkpoints: In order.
+        faults: Chaos that fired.
+        saved: First use of each stored result.
+        energy: Readings.
+        levers: Levers that were on.
+        crossed: Thresholds of budgets that were crossed and told of.
+        progress: (seconds since the start, committed steps), in order, for plots.
+    """
+
+    summary: JobSummary
+    started_wall_s: float
+    elapsed_s: float
+    formed_s: float | None
+    start_step: int
+    end_step: int
+    step_s: float
+    samples: int
+    tokens: int
+    resumed_from: str
+    incidents: list[Incident]
+    checkpoints: list[CheckpointSaved]
+    faults: list[FaultInjected]
+    saved: list[ComputeSaved]
+    energy: list[EnergyUsed]
+    levers: list[LeverApplied]
+    crossed: list[BudgetCrossed]
+    progress: list[tuple[float, int]]
+
+    @property
+    def num_gpus(self) -> int:
+        """Devices the job held: its ranks and its spares."""
+        return self.summary.world_size + self.summary.spares
+
+    @property
+    def gpu_hours(self) -> float:
+        """Device hours that the job held, spares included."""
+        return self.num_gpus * self.elapsed_s / 3600.0
+
+
+def gather(summary: JobSummary, events: Iterable[Event], now_wall_s: float) -> JobFacts:
+    """Return the facts in `events`, those of the job in `summary`."""
+    found: dict[type[Event], list[Event]] = {}
+    last: Event | None = None
+    for event in events:
+        found.setdefault(type(event), []).append(event)
+        heard = not isinstance(event, BudgetCrossed)  # others write those, also after the end
+        if heard and (last is None or event.wall_s >= last.wall_s):
+            last = event
+    starts = _of(found, JobStarted)
+    start = starts[0] if starts else None
+    begun = start or Event(wall_s=summary.started_wall_s)
+    ends = _of(found, JobEnded)
+    formed = _of(found, GenerationFormed)
+    progress = _of(found, ProgressMade)
+    if summary.outcome == "running":
+        elapsed_s = max(0.0, now_wall_s - summary.started_wall_s)
+    else:
+        elapsed_s = _between(begun, ends[-1] if ends else last or begun)
+    step_times = [event.step_s for event in progress if event.step_s > 0]
+    return JobFacts(
+        summary=summary,
+        started_wall_s=summary.started_wall_s,
+        elapsed_s=elapsed_s,
+        formed_s=_between(begun, formed[0]) if formed else None,
+        start_step=formed[0].step if formed else 0,
+        end_step=summary.steps,
+        step_s=statistics.median(step_times) if step_times else 0.0,
+        samples=progress[-1].samples if progress else 0,
+        tokens=progress[-1].tokens if progress else 0,
+        resumed_from=start.resumed_from if start else "",
+        incidents=_of(found, Incident),
+        checkpoints=_of(found, CheckpointSaved),
+        faults=_of(found, FaultInjected),
+        saved=list({event.key: event for event in reversed(_of(found, ComputeSaved))}.values()),
+        energy=_of(found, EnergyUsed),
+        levers=list({event.lever: event for event in _of(found, LeverApplied)}.values()),
+        crossed=_of(found, BudgetCrossed),
+        progress=[(_between(begun, event), event.step) for event in progress],
+    )
+
+
+def since_start(facts: JobFacts, event: Event) -> float:
+    """Return seconds from the job's beginning to `event`, on the wall clock."""
+    return max(0.0, event.wall_s - facts.started_wall_s)
+
+
+def _of(found: dict[type[Event], list[Event]], cls: type[_E]) -> list[_E]:
+    return [event for event in found.get(cls, []) if isinstance(event, cls)]
+
+
+def _between(first: Event, second: Event) -> float:
+    # A wall clock may be set while a job runs. The monotonic one is not, and events of one
+    # job come from one host.
+    if first.mono_s and second.mono_s >= first.mono_s:
+        return second.mono_s - first.mono_s
+    return max(0.0, second.wall_s - first.wall_s)

@@ -1,0 +1,1 @@
+"""Compute once: nodes named by what they compute, and the store of their results."""

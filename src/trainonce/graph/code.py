@@ -1,0 +1,449 @@
+"""The fingerprint of code: a function and everything of the project that it reaches.
+
+Reached are the functions, classes (with methods and bases), modules and values that a function
+names, by global name, attribute, closure, default or local import, and what those reach in
+turn. Library code counts by package and version. Where a function can reach things by names
+that only exist at run time (`getattr`, a module passed as a value), its whole module counts,
+and the modules that one imports; the fingerprint says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import queue
+import sys
+import threading
+import types
+from collections import Counter, defaultdict, deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainonce.graph import purity_names
+from trainonce.graph.bytecode import Reference, body_of
+from trainonce.graph.digest import combine, digest, unhashable
+from trainonce.graph.packages import Origin, origin_of
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+# Names through which a function reaches what cannot be told beforehand.
+_WIDENING = frozenset({"getattr", "globals", "vars", "locals", "attrgetter", "methodcaller"})
+_UNDECIDABLE = frozenset({"eval", "exec", "__import__", "import_module", "run_path", "run_module"})
+# Attributes of a class that say nothing about what it does.
+_CLASS_INCIDENTAL = frozenset({
+    "__doc__", "__module__", "__dict__", "__weakref__", "__firstlineno__", "_abc_impl",
+    "__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__",
+    "__type_params__", "__parameters__", "__match_args__", "__qualname__",
+})  # fmt: skip
+
+
+@dataclass
+class Fingerprint:
+    """What a function is made of.
+
+    Args:
+        digest: Of all parts together.
+        parts: What is reached -> digest of its own content; for `why`.
+        places: What is reached -> where, as `text.py:14`.
+        notes: Where and why a whole module counts.
+        impure: Clocks, entropy, environment and unseeded generators that are named.
+        seeds: Whether it sets global generators.
+    """
+
+    digest: str = ""
+    parts: dict[str, str] = field(default_factory=lambda: {})
+    places: dict[str, str] = field(default_factory=lambda: {})
+    notes: list[str] = field(default_factory=lambda: [])
+    impure: list[str] = field(default_factory=lambda: [])
+    seeds: bool = False
+
+
+def fingerprint(value: Any, *, path: str = "code") -> Fingerprint:
+    """Return the fingerprint of a function, class or module.
+
+    Raises:
+        UnhashableError: Something it reaches has no digest, or cannot be found.
+    """
+    with _walk_of() as walk:
+        root = walk.name_of(value, path)
+        walk.run()
+    result = walk.result
+    result.digest = combine("code", [("root", root), *sorted(result.parts.items())])
+    return result
+
+
+_active = threading.local()
+
+
+def encode_code(value: Any, path: str) -> str:
+    """Return what stands for a piece of code within a digest.
+
+    Within a walk that is its name, since the walk visits it as well; outside, its fingerprint.
+    """
+    walk: _Walk | None = getattr(_active, "walk", None)
+    if walk is not None:
+        return walk.name_of(value, path)
+    return fingerprint(value, path=path).digest
+
+
+@contextmanager
+def _walk_of() -> Generator[_Walk]:
+    walk, before = _Walk(), getattr(_active, "walk", None)
+    _active.walk = walk
+    try:
+        yield walk
+    finally:
+        _active.walk = before
+
+
+class _Walk:
+    """One traversal: names what it meets, then visits what has not been visited."""
+
+    def __init__(self) -> None:
+        self.result = Fingerprint()
+        self._names: dict[int, str] = {}
+        self._reached: set[str] = set()
+        self._queue: deque[tuple[str, Any]] = deque()
+        self._kept: list[Any] = []  # so that no id is given to another object meanwhile
+
+    def run(self) -> None:
+        """Visit everything that was named."""
+        while self._queue:
+            name, value = self._queue.popleft()
+            if isinstance(value, types.FunctionType):
+                self._function(name, value)
+            elif isinstance(value, type):
+                self._class(name, value)
+            else:
+                self._module(name, value)
+        self.result.impure += purity_names.combined_reasons(self._reached)
+        self.result.seeds = purity_names.seeds_globally(self._reached)
+
+    def name_of(self, value: Any, path: str) -> str:
+        """Return the name under which `value` is, or will be, part of the fingerprint."""
+        value = _unwrapped(value)
+        if id(value) in self._names:
+            return self._names[id(value)]
+        module = value.__name__ if isinstance(value, types.ModuleType) else _module_of(value)
+        full = module if isinstance(value, types.ModuleType) else f"{module}.{_qualname(value)}"
+        origin = origin_of(module)
+        if not origin.is_project:
+            self._library(origin)
+            return full
+        if not isinstance(value, (types.FunctionType, type, types.ModuleType)):
+            raise unhashable(path, value, "it is compiled code without a version")
+        name, number = full, 2
+        while name in self._names.values():
+            name, number = f"{full}#{number}", number + 1
+        self._names[id(value)] = name
+        self._kept.append(value)
+        self._queue.append((name, value))
+        return name
+
+    def _library(self, origin: Origin) -> None:
+        if origin.kind == "package":
+            self.result.parts[f"package {origin.package}"] = origin.version
+
+    # -------------------------------------------------------- what is visited
+
+    def _function(self, name: str, function: types.FunctionType) -> None:
+        body = body_of(function.__code__)
+        place = f"{Path(function.__code__.co_filename).name}:{function.__code__.co_firstlineno}"
+        self.result.places[name] = place
+        found = [
+            ("body", body.digest),
+            ("defaults", digest(function.__defaults__, path=f"default of {name}")),
+            ("keyword defaults", digest(function.__kwdefaults__, path=f"default of {name}")),
+        ]
+        for variable, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            if variable in body.written_only and _is_added_to(_content(cell)):
+                continue
+            found.append((f"closure {variable}", self._cell(cell, f"{variable} of {name}")))
+        attributes = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
+        if attributes:
+            found.append(("attributes", self._value(attributes, f"attributes of {name}")))
+        self.result.parts[name] = combine("function", found)
+        for reference in body.references:
+            value = function.__globals__.get(reference.name)
+            if not (reference.name in body.written_only and _is_added_to(value)):
+                self._reference(name, function, reference)
+
+    def _cell(self, cell: types.CellType, path: str) -> str:
+        value = _content(cell)
+        return "empty" if value is _MISSING else self._value(value, path)
+
+    def _class(self, name: str, cls: type) -> None:
+        content: list[tuple[str, str]] = []
+        for key, item in sorted(vars(cls).items()):
+            if key not in _CLASS_INCIDENTAL:
+                content.append((key, self._attribute(item, f"{name}.{key}")))
+        bases = [self.name_of(base, name) for base in (*cls.__bases__, type(cls))]
+        self.result.parts[name] = combine("class", [*content, ("bases", " ".join(bases))])
+
+    def _attribute(self, item: Any, path: str) -> str:
+        """Return the digest of one entry of a class's dictionary."""
+        if isinstance(item, (staticmethod, classmethod)):
+            return f"{type(item).__name__} {self._value(item.__func__, path)}"
+        if isinstance(item, property):
+            parts = (item.fget, item.fset, item.fdel)
+            return " ".join(self._value(part, path) for part in parts)
+        if isinstance(item, functools.cached_property):
+            return f"cached {self._value(item.func, path)}"
+        if isinstance(item, (types.MemberDescriptorType, types.GetSetDescriptorType)):
+            return f"slot {item.__name__}"
+        if path.endswith(".__annotations__"):
+            return digest({key: _annotation(kind) for key, kind in item.items()})
+        if path.endswith(".__dataclass_fields__"):
+            return self._value([_field(field) for field in item.values()], path)
+        if path.endswith(".__dataclass_params__"):
+            return repr(item)
+        if type(item).__name__ == "_tuplegetter":
+            return f"item {item.__reduce__()[1][0]}"
+        return self._value(item, path)
+
+    def _module(self, name: str, module: types.ModuleType) -> None:
+        """Count a whole module by its source, and the project modules that it imports."""
+        file = getattr(module, "__file__", None)
+        if not file or not str(file).endswith(".py"):
+            raise unhashable(name, module, "its source is not available")
+        try:
+            tree = ast.parse(Path(file).read_bytes())
+        except (OSError, SyntaxError) as error:
+            raise unhashable(name, module, f"its source cannot be read: {error}") from error
+        self._check_loaded(name, module, Path(file))
+        self.result.places[name] = Path(file).name
+        self.result.parts[f"module {name}"] = digest(ast.dump(_without_docstrings(tree)))
+        for imported in sorted(_imports(tree, module)):
+            origin = origin_of(imported)
+            if not origin.is_project:
+                self._library(origin)
+            elif imported in sys.modules:
+                self.name_of(sys.modules[imported], name)
+
+    def _check_loaded(self, name: str, module: types.ModuleType, file: Path) -> None:
+        """Refuse a module whose file was edited after this process imported it."""
+        compiled = compile(file.read_bytes(), str(file), "exec", dont_inherit=True)
+        on_disk = {c.co_name: c for c in compiled.co_consts if isinstance(c, types.CodeType)}
+        for function in list(vars(module).values()):
+            if not isinstance(function, types.FunctionType):
+                continue
+            loaded = function.__code__
+            if loaded.co_filename != str(file) or loaded.co_qualname != loaded.co_name:
+                continue
+            # pytest rewrites the asserts of test modules in memory.
+            rewritten = "@pytest_ar" in loaded.co_names
+            found = on_disk.get(loaded.co_name)
+            if not rewritten and (found is None or body_of(found).digest != body_of(loaded).digest):
+                raise unhashable(name, module, f"{file.name} was edited after it was imported")
+
+    # -------------------------------------------------------- what is named
+
+    def _reference(self, name: str, function: types.FunctionType, reference: Reference) -> None:
+        where = f"{Path(function.__code__.co_filename).name}:{reference.line}"
+        if reference.name in _UNDECIDABLE or _UNDECIDABLE.intersection(reference.attributes):
+            called = (reference.name, *reference.attributes)[-1]
+            raise unhashable(name, function, f"{called}() at {where} runs code by a name that is "
+                             "only known at run time; declare `version=`")  # fmt: skip
+        if reference.name in _WIDENING or (
+            reference.attributes and reference.attributes[-1] in ("attrgetter", "methodcaller")
+        ):
+            self._widen(function, where, (reference.name, *reference.attributes)[-1])
+        if reference.module and reference.attributes == ("__name__",):
+            origin = origin_of(_resolve_name(reference.module, function.__globals__))
+            if not origin.is_project:
+                self._library(origin)
+                return
+        root, dotted = self._root(function, reference)
+        if root is _MISSING:
+            self.result.parts[f"missing {dotted}"] = ""
+            return
+        self._chain(function, root, dotted, reference, where)
+
+    def _root(self, function: types.FunctionType, reference: Reference) -> tuple[Any, str]:
+        scope = function.__globals__
+        if reference.module:
+            module = _resolve_name(reference.module, scope)
+            try:
+                return importlib.import_module(module), module
+            except ImportError:
+                return _MISSING, module
+        if reference.name in scope:
+            return scope[reference.name], reference.name
+        builtins = scope.get("__builtins__", {})
+        table = builtins if isinstance(builtins, dict) else vars(builtins)
+        return table.get(reference.name, _MISSING), f"builtins.{reference.name}"
+
+    def _chain(
+        self, function: types.FunctionType, root: Any, dotted: str, ref: Reference, where: str
+    ) -> None:
+        """Follow attributes through modules and classes, down to what is used."""
+        value, left = root, list(ref.attributes)
+        owner: types.ModuleType | None = None
+        name = _dotted(value, dotted)
+        while left and isinstance(value, types.ModuleType):
+            attribute = left.pop(0)
+            name = f"{name}.{attribute}"
+            if attribute == "__name__":
+                return
+            owner = value
+            value = getattr(owner, attribute, sys.modules.get(name, _MISSING))
+            if value is _MISSING:
+                self.result.parts[f"missing {name}"] = ""
+                return
+            name = _dotted(value, name)
+        reached = ".".join([name, *left])
+        self._reached.add(reached)
+        bare_call = ref.called_without_arguments
+        for reason in purity_names.reasons(reached, called_without_arguments=bare_call):
+            self.result.impure.append(f"{reason} at {where}")
+        if owner is not None and not (origin := origin_of(owner.__name__)).is_project:
+            # What hangs on a library's module changes with its version, whatever it is.
+            self._library(origin)
+            if not isinstance(value, types.ModuleType):
+                return
+        if isinstance(value, types.ModuleType) and origin_of(value.__name__).is_project:
+            self._widen_module(value, where, f"the use of module {value.__name__} as a value")
+            return
+        if ref.module or not isinstance(root, types.ModuleType):
+            label = f"{function.__module__}.{ref.name or name}"
+        else:
+            label = name
+        self._used(value, label, where)
+
+    def _used(self, value: Any, label: str, where: str) -> None:
+        if _is_code(value):
+            self.name_of(value, label)
+            return
+        self.result.places[f"value {label}"] = where
+        self.result.parts[f"value {label}"] = self._value(value, f"{label} (read at {where})")
+
+    def _value(self, value: Any, path: str) -> str:
+        if _is_code(value):
+            return self.name_of(value, path)
+        return digest(value, path=path)
+
+    def _widen(self, function: types.FunctionType, where: str, cause: str) -> None:
+        module = sys.modules.get(function.__module__)
+        if module is None:
+            raise unhashable(function.__module__, function, "its module is gone")
+        self._widen_module(module, where, f"{cause}()")
+
+    def _widen_module(self, module: types.ModuleType, where: str, cause: str) -> None:
+        note = f"all of {module.__name__} counts, because of {cause} at {where}"
+        if note not in self.result.notes:
+            self.result.notes.append(note)
+        self.name_of(module, where)
+
+
+_MISSING: Any = object()
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _is_added_to(value: Any) -> bool:
+    """Tell whether adding to `value` is all that its methods and operators for it can do."""
+    return type(value) in (int, float, list, set, dict, deque, Counter, defaultdict, queue.Queue)
+
+
+def _is_code(value: Any) -> bool:
+    value = _unwrapped(value)
+    if isinstance(value, types.BuiltinFunctionType) and not isinstance(
+        value.__self__, (types.ModuleType, type, type(None))
+    ):
+        return False
+    kinds = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
+    return isinstance(value, (*kinds, types.MethodDescriptorType, types.WrapperDescriptorType))
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return the function within what only caches or dispatches to it."""
+    while isinstance(value, functools._lru_cache_wrapper):
+        value = value.__wrapped__
+    return value
+
+
+def _module_of(value: Any) -> str:
+    module = getattr(value, "__module__", None)
+    if isinstance(module, str) and module:
+        return module
+    owner = getattr(value, "__objclass__", getattr(value, "__self__", value))
+    if isinstance(owner, types.ModuleType):
+        return owner.__name__
+    return (owner if isinstance(owner, type) else type(owner)).__module__
+
+
+def _qualname(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or getattr(value, "__name__", "?")
+
+
+def _dotted(value: Any, fallback: str) -> str:
+    """Return the name a thing has where it is defined: `time.time`, however it was imported."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    if isinstance(value, type) or _is_code(value):
+        return f"{_module_of(value)}.{_qualname(value)}"
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
+        owner = value.__self__ if isinstance(value.__self__, type) else type(value.__self__)
+        return f"{owner.__module__}.{owner.__qualname__}.{value.__name__}"
+    return fallback
+
+
+def library_name(value: Any) -> str | None:
+    """Return the full name of an object that its library exports under that name, else None."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
+    if not isinstance(module, str) or not isinstance(name, str) or module not in sys.modules:
+        return None
+    if origin_of(module).is_project or getattr(sys.modules[module], name, None) is not value:
+        return None
+    return f"{module}.{name}"
+
+
+def _field(field: dataclasses.Field[Any]) -> tuple[object, ...]:
+    default = (field.default, field.default_factory, dict(field.metadata))
+    return (field.name, field.init, field.compare, field.hash, field.kw_only, *default)
+
+
+def _annotation(kind: object) -> str:
+    return _qualname(kind) if isinstance(kind, type) else repr(kind)
+
+
+def _resolve_name(module: str, scope: dict[str, Any]) -> str:
+    if not module.startswith("."):
+        return module
+    return importlib.util.resolve_name(module, scope.get("__package__") or "")
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                if isinstance(first.value.value, str):
+                    node.body = node.body[1:]
+    return tree
+
+
+def _imports(tree: ast.Module, module: types.ModuleType) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            base = _resolve_name(base, vars(module))
+            names.add(base)
+            names |= {f"{base}.{a.name}" for a in node.names if f"{base}.{a.name}" in sys.modules}
+    return names

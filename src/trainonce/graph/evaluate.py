@@ -1,0 +1,354 @@
+"""What happens to one node: look it up, or claim it, run it, check it, and keep the result."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainonce.errors import (
+    EncodingError,
+    GraphError,
+    InputMutatedError,
+    LeaseLostError,
+    NodeError,
+    StoreError,
+    UnhashableError,
+)
+from trainonce.graph import inputs
+from trainonce.graph.call import Outcome, call
+from trainonce.graph.index import Entry
+from trainonce.graph.keys import ActionKey, Keys
+from trainonce.graph.node import File, Node
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from trainonce.graph.store import Claim, Store
+
+UNSET: Any = object()
+
+
+class OutputChangedError(Exception):
+    """A node that was evaluated again gave another output: what is downstream is keyed anew."""
+
+
+@dataclass(eq=False)
+class Task:
+    """One distinct node of a `compute` and what is known of it.
+
+    Args:
+        node: The node.
+        deps: The tasks of its inputs.
+        expansion: What its function returned, where that holds nodes.
+        output: Digest of the result, bound to the tenant; None where it has none.
+        how: "hit", "run" or "shared", once it is settled.
+    """
+
+    node: Node[Any]
+    deps: list[Task] = field(default_factory=lambda: [])
+    key: ActionKey = field(default_factory=ActionKey)
+    expansion: Any = UNSET
+    entry: Entry | None = None
+    output: str | None = None
+    value: Any = UNSET
+    twin: Task | None = None
+    how: str = ""
+    settled: bool = False
+    gpus: tuple[int, ...] = ()
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a `compute` evaluates its nodes; see `executor.compute`."""
+
+    store: Store | None
+    executor: Executor | None = None
+    refresh: bool = False
+    strict: bool = False
+    wait_s: float | None = None
+    accept_changes: bool = False
+    nested: bool = False
+
+
+class Evaluator:
+    """Evaluates the tasks of one `compute`. Its methods run in the threads of the executor."""
+
+    def __init__(self, settings: Settings, tasks: dict[int, Task]) -> None:
+        self.settings = settings
+        self._tasks = tasks
+        self.keys = Keys(
+            settings.store,
+            strict=settings.strict,
+            output_of=lambda node: self._known(node).output,
+            key_of=lambda node: self._known(node).key.key,
+        )
+
+    def look_up(self, task: Task) -> None:
+        """Give a task whose inputs are settled its key, and settle it if its output is known."""
+        task.key = self.keys.make(task.node)
+        entry = None if self._wants_refresh(task) else self._lookup(task)
+        if entry is not None:
+            self._hit(task, entry)
+
+    def run(self, task: Task) -> None:
+        """Run a task that was looked up in vain.
+
+        Afterwards it is settled, or has an expansion whose nodes come first.
+
+        Raises:
+            NodeError: Its function failed.
+            InputMutatedError: Its function changed an input.
+        """
+        with task.lock:
+            self._run(task)
+
+    def finish_expansion(self, task: Task) -> None:
+        """Settle a task whose function returned nodes, now that these are settled."""
+        try:
+            task.output = self.keys.digest(task.expansion, "result")
+        except UnhashableError as error:
+            task.key.reasons.append(error.message)
+        task.how, task.settled = "run", True
+
+    def value_of(self, task: Task) -> Any:
+        """Return the value of a settled task, read from the store or computed again.
+
+        Raises:
+            OutputChangedError: Computed again, it was another one than its dependents are keyed on.
+        """
+        task = task.twin or task
+        with task.lock:
+            if task.value is not UNSET:
+                return task.value
+            if task.expansion is not UNSET:
+                task.value = inputs.replace(task.expansion, lambda n: self.value_of(self._task(n)))
+                return task.value
+            store = self.settings.store
+            loaded = store.load(task.entry) if store is not None and task.entry else None
+            if store is not None and task.entry is not None and loaded is not None:
+                store.note_use(task.entry, loaded.read_s)
+                task.value = loaded.value
+                return task.value
+            before = task.output
+            self._run(task)
+            if task.output != before and not self.settings.accept_changes:
+                raise OutputChangedError
+            return self.value_of(task) if task.value is UNSET else task.value
+
+    # -------------------------------------------------------- looking up
+
+    def _known(self, node: Node[Any]) -> Task:
+        """Return the task of a node; an empty one where it was not found as an input."""
+        task = self._tasks.get(id(node)) or Task(node)
+        return task.twin or task
+
+    def _task(self, node: Node[Any]) -> Task:
+        return self._tasks[id(node)]
+
+    def _wants_refresh(self, task: Task) -> bool:
+        return self.settings.refresh or task.node.function.options.refresh
+
+    def _is_cached(self, task: Task) -> bool:
+        options = task.node.function.options
+        return bool(self.settings.store and task.key.key and options.cache and not task.key.reasons)
+
+    def _lookup(self, task: Task) -> Entry | None:
+        store = self.settings.store
+        if store is None or not self._is_cached(task):
+            return None
+        try:
+            return store.lookup(task.key.key)
+        except StoreError as error:
+            store.troubles.append(str(error))
+            return None
+
+    def _hit(self, task: Task, entry: Entry) -> None:
+        task.entry, task.output, task.how, task.settled = entry, entry.output, "hit", True
+
+    # -------------------------------------------------------- running
+
+    def _run(self, task: Task) -> None:
+        """Run a task under a claim, unless somebody else commits it meanwhile."""
+        claim = self._claim(task)
+        if task.settled and claim is None and task.value is not UNSET:
+            return
+        try:
+            if claim is None:
+                self._run_claimed(task, None)
+                return
+            assert self.settings.store is not None
+            with self.settings.store.leases.keep(claim):
+                self._run_claimed(task, claim)
+        finally:
+            if claim is not None and self.settings.store is not None:
+                self.settings.store.release(claim)
+
+    def _claim(self, task: Task) -> Claim | None:
+        """Return a claim, or None where the task is to be run without one, or is settled."""
+        store = self.settings.store
+        if store is None or store.read_only or not self._is_cached(task):
+            return None
+        wait_s = self.settings.wait_s
+        deadline = float("inf") if wait_s is None else time.monotonic() + wait_s
+        while True:
+            try:
+                claim = store.claim(task.key.key, task.node.name)
+                if self._was_committed(task):
+                    if claim is not None:
+                        store.release(claim)
+                    return None
+                if claim is not None:
+                    return claim
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    return None  # the caller must not wait: it computes without a claim
+                store.wait(task.key.key, min(left_s, 600.0))
+            except StoreError as error:
+                store.troubles.append(str(error))
+                return None
+
+    def _was_committed(self, task: Task) -> bool:
+        """Take over what somebody committed between the look-up and the claim."""
+        store = self.settings.store
+        if store is None or self._wants_refresh(task):
+            return False
+        entry = store.lookup(task.key.key)
+        loaded = store.load(entry) if entry is not None else None
+        if entry is None or loaded is None:
+            return False
+        self._hit(task, entry)
+        store.note_use(entry, loaded.read_s)
+        task.value = loaded.value
+        return True
+
+    def _run_claimed(self, task: Task, claim: Claim | None) -> None:
+        node = task.node
+        values = {
+            name: inputs.replace(value, lambda n: self.value_of(self._task(n)))
+            for name, value in node.bound.arguments.items()
+        }
+        before = self._digests(values)
+        outcome = self._call(task, values)
+        if outcome.error is not None:
+            raise _failure(task, outcome, values) from outcome.error
+        self._check_inputs(task, values, before)
+        if any(isinstance(item, Node) for item in inputs.find(outcome.value)):
+            task.expansion = outcome.value
+            return
+        reasons = [*task.key.reasons, *outcome.reasons, *self._changes(task)]
+        task.value, task.how, task.settled = outcome.value, "run", True
+        try:
+            task.output = self.keys.digest(outcome.value, "result")
+        except UnhashableError as error:
+            task.output = None
+            reasons.append(error.message)
+        if not node.function.options.cache:
+            reasons.append("it is declared with cache=False")
+        self._keep(task, outcome, reasons, claim)
+
+    def _call(self, task: Task, values: dict[str, Any]) -> Outcome:
+        full = inspect.BoundArguments(task.node.bound.signature, OrderedDict(values))
+        declared = [str(f.path) for f in inputs.find(values) if isinstance(f, File)]
+        executor = self.settings.executor
+        alone = None if self.settings.nested else task.key.alone
+        if executor is None:
+            return call(task.node.function, full.args, full.kwargs, declared, task.gpus, alone)
+        try:
+            return executor.submit(
+                call, task.node.function, full.args, full.kwargs, declared, task.gpus, alone
+            ).result()
+        except Exception as error:
+            raise GraphError(
+                f"{task.node.name} cannot be run by {type(executor).__name__}: {error}",
+                hint="a process pool needs functions that can be imported and inputs that pickle",
+            ) from error
+
+    def _digests(self, values: dict[str, Any]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, value in values.items():
+            try:
+                found[name] = self.keys.digest(value, name)
+            except UnhashableError:
+                continue
+        return found
+
+    def _check_inputs(self, task: Task, values: dict[str, Any], before: dict[str, str]) -> None:
+        after = self._digests({name: values[name] for name in before})
+        changed = sorted(name for name in before if after.get(name) != before[name])
+        files = [n for n in changed if any(isinstance(f, File) for f in inputs.find(values[n]))]
+        if files:
+            task.key.reasons.append(f"the files of {files} changed while it ran")
+        if mutated := sorted(set(changed) - set(files)):
+            raise InputMutatedError(
+                f"{task.node.name} changed its input {', '.join(mutated)}",
+                hint="work on a copy: other nodes share the input, and its digest names it",
+            )
+
+    def _changes(self, task: Task) -> list[str]:
+        """Return what the key would not say if it were made now."""
+        if not task.key.key:
+            return []
+        again = self.keys.make(task.node)
+        if again.key == task.key.key:
+            return []
+        names = {n for n, v in again.parts.items() if task.key.parts.get(n) != v}
+        names |= set(task.key.parts) - set(again.parts)
+        return [f"it changed what its own key is made of: {', '.join(sorted(names))}"]
+
+    def _keep(self, task: Task, outcome: Outcome, reasons: list[str], claim: Claim | None) -> None:
+        store, made = self.settings.store, task.key
+        if store is None:
+            return
+        try:
+            if reasons:
+                made.reasons = reasons
+                store.note_uncached(task.node.name, "; ".join(reasons))
+                return
+            entry = Entry(
+                key=made.key,
+                node=task.node.name,
+                output=task.output or "",
+                seconds=outcome.seconds,
+                parts=made.parts,
+                shown=made.shown,
+                lineage=made.lineage,
+                sources=made.sources,
+                numerics=task.node.function.options.numerics,
+                wall_s=time.time(),
+            )
+            self._commit(task, store, entry, claim)
+        except LeaseLostError as error:
+            self._adopt_winner(task, store, error)
+        except (EncodingError, StoreError) as error:
+            made.reasons = [error.message]
+            store.troubles.append(f"{task.node.name} was not kept: {error.message}")
+
+    def _commit(self, task: Task, store: Store, entry: Entry, claim: Claim | None) -> None:
+        replace = self._wants_refresh(task)
+        stands = store.commit(entry, task.value, claim=claim, replace=replace)
+        task.entry, task.output = stands, stands.output
+        if stands.output != entry.output:
+            task.value = UNSET  # somebody was first: their bytes are the result
+
+    def _adopt_winner(self, task: Task, store: Store, error: LeaseLostError) -> None:
+        store.troubles.append(str(error))
+        entry = store.lookup(task.key.key)
+        if entry is not None and entry.output != task.output:
+            task.entry, task.output, task.value = entry, entry.output, UNSET
+
+
+def _failure(task: Task, outcome: Outcome, values: dict[str, Any]) -> NodeError:
+    shown = ", ".join(f"{name}={inputs.describe(value)}" for name, value in values.items())
+    kind = type(outcome.error).__name__
+    error = NodeError(
+        f"{task.node.name}({shown}) failed: {kind}: {outcome.error}\n"
+        f"key: {task.key.key or 'none: ' + '; '.join(task.key.reasons)}\n{outcome.trace}",
+    )
+    error.node, error.key = task.node.name, task.key.key
+    error.inputs, error.remote_traceback = shown, outcome.trace
+    return error

@@ -1,0 +1,95 @@
+"""Tensors that know which samples their rows are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trainonce.errors import DataError
+from trainonce.graph.features.samples import array_digests, derived
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+# Methods after which a tensor still holds the same rows.
+_KEEPING = frozenset(
+    {
+        torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory,
+        torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.clone,
+    }
+)  # fmt: skip
+
+
+class RowTensor(torch.Tensor):
+    """A batch that knows which samples its rows are, and keeps that through moves and copies."""
+
+    rows: NDArray[np.bytes_]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator on plain tensors; mark its result again where rows are the same."""
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        source = args[0] if args else None
+        if func in _KEEPING and isinstance(source, RowTensor) and isinstance(found, torch.Tensor):
+            if found.dtype == source.dtype and found.shape == source.shape:
+                return mark(found, source.rows)
+        return unmarked(found)
+
+
+def mark(tensor: torch.Tensor, rows: NDArray[np.bytes_]) -> RowTensor:
+    """Return `tensor` as one that knows the digests of its rows; the storage is shared."""
+    with torch._C.DisableTorchFunctionSubclass():
+        marked = tensor.as_subclass(RowTensor)
+    marked.rows = rows
+    return marked
+
+
+def unmarked(value: Any) -> Any:
+    """Return a marked tensor as a plain one; anything else as it is."""
+    if not isinstance(value, RowTensor):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(torch.Tensor)
+
+
+def unmark_all(value: Any) -> Any:
+    """Return nested arguments with their marked tensors as plain ones."""
+    if isinstance(value, dict):
+        return {key: unmark_all(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(unmark_all(item) for item in value)
+    return unmarked(value)
+
+
+def names_of(tensors: list[Any]) -> NDArray[np.bytes_]:
+    """Return a digest for each row of the inputs that a prefix reads."""
+    found: list[NDArray[np.bytes_]] = []
+    for tensor in tensors:
+        if isinstance(tensor, RowTensor):
+            found.append(tensor.rows)
+        elif tensor.device.type == "cpu":
+            found.append(array_digests([("0", tensor)]))
+        else:
+            raise DataError(
+                f"an input of shape {tuple(tensor.shape)} on {tensor.device} is not marked with "
+                "its rows, so they cannot be looked up",
+                hint="move the batch as the memoized loader yields it (x.to(device)), and "
+                "transform it afterwards inside the model; or call model.module(...)",
+            )
+    if len(found) == 1:
+        return found[0]
+    joined = [b"".join(parts) for parts in zip(*(rows.tolist() for rows in found), strict=True)]
+    lengths = {len(rows) for rows in found}
+    assert len(lengths) == 1
+    return derived(np.array([name.ljust(16, b"\0")[:16] for name in joined], "S16"), "joined")

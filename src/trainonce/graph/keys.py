@@ -1,0 +1,202 @@
+"""Action keys: what a node computes, as the digest of everything that decides it.
+
+The fields are kept beside the key, so that `why` can tell which one changed. A field that has no
+digest means that there is no key: the node is then evaluated and not cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainonce.errors import StoreError, UnhashableError
+from trainonce.graph import inputs
+from trainonce.graph.code import fingerprint
+from trainonce.graph.digest import combine, digest, digest_file
+from trainonce.graph.node import Dir, File, Node, Resolver, current
+from trainonce.graph.numerics import numerics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from trainonce.graph.store import Store
+
+ACTION_FORMAT = "action-1"
+# Too common as values to say where a result comes from.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclass
+class ActionKey:
+    """The key of one call, and what it is made of.
+
+    Args:
+        key: 64 hex digits; empty where a part has no digest.
+        parts: Field -> digest.
+        shown: Field -> how it is shown.
+        lineage: (kind, digest) of each input.
+        sources: Path -> digest of each file or folder that went in.
+        reasons: Why the result must not be cached; empty if it may.
+        notes: Where a whole module counts.
+        alone: Whether nothing may run beside it in its process, since it seeds global generators.
+    """
+
+    key: str = ""
+    parts: dict[str, str] = field(default_factory=lambda: {})
+    shown: dict[str, str] = field(default_factory=lambda: {})
+    lineage: list[tuple[str, str]] = field(default_factory=lambda: [])
+    sources: dict[str, str] = field(default_factory=lambda: {})
+    reasons: list[str] = field(default_factory=lambda: [])
+    notes: list[str] = field(default_factory=lambda: [])
+    alone: bool = False
+
+
+class Keys(Resolver):
+    """Makes the keys of one `compute`.
+
+    Args:
+        store: Binds digests to its tenant and remembers those of files; None without a store.
+        strict: Read every file, whatever its stamps say.
+        output_of: Returns the output digest of an evaluated node, None where it has none.
+        key_of: Returns the action key of an evaluated node, empty where it has none.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        *,
+        strict: bool,
+        output_of: Callable[[Node[Any]], str | None],
+        key_of: Callable[[Node[Any]], str],
+    ) -> None:
+        self._store = store
+        self._strict = strict
+        self._output_of = output_of
+        self._key_of = key_of
+
+    def output_of(self, node: Node[Any]) -> str | None:
+        """Return the output digest of an evaluated node."""
+        return self._output_of(node)
+
+    def content_of(self, file: File) -> str:
+        """Return the digest of a file's or folder's content."""
+        if isinstance(file, Dir):
+            entries = [
+                (name, "folder" if path.is_dir() else self._file(path, file.strict))
+                for name, path in file.files()
+            ]
+            return combine("dir", entries)
+        return self._file(file.path, file.strict)
+
+    def make(self, node: Node[Any]) -> ActionKey:
+        """Return the action key of a node whose inputs are evaluated.
+
+        Raises:
+            OSError: An input file cannot be read.
+        """
+        made = ActionKey()
+        with self.resolving():
+            try:
+                self._add_code(made, node)
+                self._add_arguments(made, node)
+            except UnhashableError as error:
+                made.reasons.append(error.message)
+                return made
+        options = node.function.options
+        for name, value in numerics(options.numerics, options.threads).items():
+            self._part(made, f"numerics {name}", value)
+            made.shown[f"numerics {name}"] = value if len(value) < 60 else "(long)"
+        made.key = self._bound(combine(ACTION_FORMAT, sorted(made.parts.items())))
+        return made
+
+    def digest(self, value: object, path: str = "value") -> str:
+        """Return the digest of a value that may hold nodes and files, bound to the tenant.
+
+        Raises:
+            UnhashableError: A part has no digest.
+        """
+        with self.resolving():
+            return self._bound(digest(value, path=path))
+
+    @contextmanager
+    def resolving(self) -> Generator[None]:
+        """Let this thread's digests look nodes and files up here."""
+        before = getattr(current, "resolver", None)
+        current.resolver = self
+        try:
+            yield
+        finally:
+            current.resolver = before
+
+    def _add_code(self, made: ActionKey, node: Node[Any]) -> None:
+        options = node.function.options
+        self._part(made, "node", node.name)
+        if options.version is not None:
+            self._part(made, "version", options.version)
+            made.shown["version"] = options.version
+            # Its code does not count, but whether it seeds has to be known.
+            with contextlib.suppress(UnhashableError):
+                made.alone = fingerprint(node.function.function).seeds
+            return
+        code = fingerprint(node.function.function, path=f"code of {node.name}")
+        made.alone = code.seeds
+        made.notes += code.notes
+        made.reasons += code.impure
+        self._part(made, "python", sys.version_info[:2])
+        made.shown["python"] = "{}.{}".format(*sys.version_info)
+        for name, content in code.parts.items():
+            kind = "" if name.startswith(("package ", "value ", "module ", "missing ")) else "code "
+            self._part(made, kind + name, content)
+            if name.startswith("package "):
+                made.shown[name] = content
+            elif name in code.places or name.removeprefix("module ") in code.places:
+                place = code.places.get(name) or code.places[name.removeprefix("module ")]
+                made.shown[kind + name] = place
+
+    def _add_arguments(self, made: ActionKey, node: Node[Any]) -> None:
+        for name, value in node.bound.arguments.items():
+            if name in node.function.options.ignore:
+                continue
+            field = f"argument {name}"
+            output = self.output_of(value) if isinstance(value, Node) else None
+            if output is not None:
+                made.parts[field] = output  # the same as if the value itself were given
+            else:
+                self._part(made, field, value, name)
+            found = list(inputs.find(value))
+            if not self._has_tenant:
+                made.shown[field] = inputs.describe(value)
+            if not found and not isinstance(value, _PLAIN):
+                made.lineage.append(("value", made.parts[field]))
+            for item in found:
+                self._add_lineage(made, item)
+
+    def _add_lineage(self, made: ActionKey, item: Node[Any] | File) -> None:
+        if isinstance(item, File):
+            content = self._bound(self.content_of(item))
+            path = str(item.path)
+            made.sources[self._bound(path) if self._has_tenant else path] = content
+            made.lineage.append((type(item).__name__.lower(), content))
+        elif key := self._key_of(item):
+            made.lineage.append(("node", key))
+
+    def _part(self, made: ActionKey, name: str, value: object, path: str = "value") -> None:
+        made.parts[name] = self._bound(digest(value, path=path))
+
+    @property
+    def _has_tenant(self) -> bool:
+        return self._store is not None and self._store.tenant_key is not None
+
+    def _bound(self, name: str) -> str:
+        return name if self._store is None else self._store.bind(name)
+
+    def _file(self, path: Any, strict: bool) -> str:
+        if self._store is not None and not (strict or self._strict):
+            try:
+                return self._store.file_digest(path)
+            except StoreError as error:
+                self._store.troubles.append(str(error))
+        return digest_file(path)

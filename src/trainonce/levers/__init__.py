@@ -1,0 +1,1 @@
+"""Less compute for the same quality: one module a lever, one registry."""

@@ -1,0 +1,56 @@
+"""The tasks on which levers are measured, and what is compared on each."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from trainonce.errors import ConfigError
+from trainonce.levers.harness import Study
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Name -> (module with `default`, `baseline` and `candidates`, class of the task).
+TASKS = {
+    "digits": ("trainonce.levers.bench.digits", "Digits"),
+    "bytes": ("trainonce.levers.bench.stdlib_bytes", "StdlibBytes"),
+}
+GRIDS = ("small", "full")
+
+
+def make_study(
+    task: str,
+    *,
+    grid: str = "full",
+    split_seed: int = 0,
+    tuning_seeds: Sequence[int] = (100, 101, 102),
+    reporting_seeds: Sequence[int] = (0, 1, 2, 3, 4),
+) -> Study:
+    """Return the study of a task.
+
+    Args:
+        task: One of `TASKS`.
+        grid: How many recipes to choose from: "small" or "full".
+        split_seed: Which data are for training, tuning and reporting.
+        tuning_seeds: For the choices.
+        reporting_seeds: For what is reported.
+
+    Raises:
+        ConfigError: There is no such task or grid, or the seeds do not fit.
+    """
+    if task not in TASKS or grid not in GRIDS:
+        raise ConfigError(
+            f"there is no task {task!r} with a grid {grid!r}",
+            hint=f"tasks: {', '.join(TASKS)}; grids: {', '.join(GRIDS)}",
+        )
+    name, cls = TASKS[task]
+    module = importlib.import_module(name)
+    return Study(
+        task=getattr(module, cls)(split_seed=split_seed),
+        default=module.default(),
+        baseline=module.baseline(grid),
+        candidate=module.candidates(grid),
+        tuning_seeds=tuning_seeds,
+        reporting_seeds=reporting_seeds,
+    )

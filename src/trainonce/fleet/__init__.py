@@ -1,0 +1,1 @@
+"""Trouble seen early: health signals, clock synchronisation, link localisation, stragglers."""

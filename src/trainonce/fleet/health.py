@@ -1,0 +1,266 @@
+"""From readings to a decision: migrate now, suspect, or note.
+
+The policy is pure: `judge` looks at the last readings of one device and returns what to do, with
+the reason. `HealthWatch` only remembers them. Few failures announce themselves (operators saw two
+of ten before the driver did), so a warning saves little, and a false one costs a move. The rules
+therefore ask for what the vendor calls fatal, or for what lasts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trainonce.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from trainonce.fleet.signals import Reading
+
+
+class Action(IntEnum):
+    """What a verdict asks for; the larger, the more urgent."""
+
+    NONE = 0
+    NOTE = 1
+    SUSPECT = 2
+    MIGRATE = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do about a device, and why: the most urgent reason first."""
+
+    action: Action
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthLimits:
+    """What is too much.
+
+    Args:
+        window_s: How far back readings count.
+        throttled_share: Share of the window slowed by hardware protection.
+        hot_s: How long the slowdown temperature must last.
+        ramp_ahead_s: A rise that lasted this long, or since the start, and that reaches shutdown
+            within as long again, is a reason to move.
+        ramp_near_c: Only from so many degrees below slowdown on; a warm-up ends below it.
+        corrected_ecc_per_h: Corrected memory errors an hour.
+        link_errors_per_h: NVLink errors or PCIe replays an hour.
+        free_share: Free host memory or disk below which it is noted.
+    """
+
+    window_s: float = 600.0
+    throttled_share: float = 0.6
+    hot_s: float = 60.0
+    ramp_ahead_s: float = 300.0
+    ramp_near_c: float = 5.0
+    corrected_ecc_per_h: float = 1000.0
+    link_errors_per_h: float = 100.0
+    free_share: float = 0.02
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"{item.name} must be more than 0, not {value!r}")
+
+
+# NVIDIA's "XID Errors" document: what needs a reset or worse, what hints at hardware, and what a
+# program's own fault shows as.
+XIDS_FATAL = frozenset({48, 62, 64, 79, 95, 119, 120, 136, 140, 143})
+XIDS_SUSPECT = frozenset({61, 63, 74, 92, 94, 109, 121, 137, 154})
+
+_RECOVERY = {1: "reset the GPU", 2: "reboot the node", 3: "drain it", 4: "drain and reset it"}
+# A rate needs some time to be one, and a temperature trend some readings.
+_MIN_RATE_S = 60.0
+_MIN_RAMP_READINGS = 6
+
+_Finding = tuple[Action, str]
+
+
+def judge(history: Sequence[Reading], limits: HealthLimits | None = None) -> Verdict:
+    """Judge one device by its last readings.
+
+    Args:
+        history: Of one device, oldest first. Readings older than the window do not count.
+        limits: What is too much.
+    """
+    limits = limits or HealthLimits()
+    if not history:
+        return Verdict(Action.NONE)
+    now_s = history[-1].mono_s
+    recent = [reading for reading in history if now_s - reading.mono_s <= limits.window_s]
+    found = [finding for rule in _RULES for finding in rule(recent, limits)]
+    found.sort(key=lambda finding: -finding[0])
+    action = found[0][0] if found else Action.NONE
+    return Verdict(action, tuple(reason for _, reason in found))
+
+
+def _vendor_advice(recent: Sequence[Reading], _: HealthLimits) -> list[_Finding]:
+    last = recent[-1]
+    found: list[_Finding] = []
+    if last.recovery_action:
+        advice = _RECOVERY.get(last.recovery_action, f"action {last.recovery_action}")
+        found.append((Action.MIGRATE, f"the driver advises to {advice}"))
+    if last.row_remap_failed:
+        found.append((Action.MIGRATE, f"{last.row_remap_failed} memory rows could not be remapped"))
+    if last.row_remap_pending:
+        found.append((Action.SUSPECT, f"{last.row_remap_pending} memory rows wait for a reset"))
+    return found
+
+
+def _driver_events(recent: Sequence[Reading], _: HealthLimits) -> list[_Finding]:
+    found: list[_Finding] = []
+    for xid in sorted({xid for reading in recent for xid in reading.xids}):
+        if xid in XIDS_FATAL:
+            found.append((Action.MIGRATE, f"XID {xid}: the GPU needs a reset"))
+        elif xid in XIDS_SUSPECT:
+            found.append((Action.SUSPECT, f"XID {xid} hints at the hardware"))
+        else:
+            found.append((Action.NOTE, f"XID {xid} is a program's fault as a rule"))
+    return found
+
+
+def _counters(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
+    found: list[_Finding] = []
+    uncorrected, _ = _gained(recent, "ecc_uncorrected_total")
+    if uncorrected:
+        found.append((Action.SUSPECT, f"{uncorrected:.0f} memory errors could not be corrected"))
+    downed, _ = _gained(recent, "link_downed_total")
+    if downed:
+        found.append((Action.SUSPECT, f"a network port went down {downed:.0f} times"))
+    for name, limit, what in (
+        ("ecc_corrected_total", limits.corrected_ecc_per_h, "corrected memory errors"),
+        ("nvlink_errors_total", limits.link_errors_per_h, "NVLink errors"),
+        ("pcie_replays_total", limits.link_errors_per_h, "PCIe replays"),
+    ):
+        gained, over_s = _gained(recent, name)
+        per_h = gained / over_s * 3600 if over_s >= _MIN_RATE_S else 0.0
+        if per_h > limit:
+            found.append((Action.SUSPECT, f"{per_h:.0f} {what} an hour, limit {limit:.0f}"))
+    return found
+
+
+def _throttling(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
+    found: list[_Finding] = []
+    for name, what in (
+        ("throttled_thermal_s", "thermal protection"),
+        ("throttled_brake_s", "the power brake"),
+    ):
+        slowed_s, over_s = _gained(recent, name)
+        # Of the whole window, not of what was seen of it: a minute after the start says little.
+        share = slowed_s / max(over_s, limits.window_s)
+        if share >= limits.throttled_share:
+            found.append((Action.SUSPECT, f"slowed by {what} {share:.0%} of {over_s:.0f} s"))
+    return found
+
+
+def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
+    """Too hot for a while, or rising steadily towards shutdown."""
+    known = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]
+    last = recent[-1]
+    if not known or last.slowdown_c is None or last.temperature_c is None:
+        return []
+    times, degrees = np.array(known, dtype=np.float64).T
+    lasting = degrees[times > times[-1] - limits.hot_s]
+    hot = lasting.min() >= last.slowdown_c and times[-1] - times[0] >= limits.hot_s
+    found: list[_Finding] = []
+    if hot:
+        reason = f"{lasting.min():.0f} °C or more for {limits.hot_s:.0f} s"
+        found.append((Action.SUSPECT, f"{reason}, slowdown at {last.slowdown_c:.0f} °C"))
+    trend = times > times[-1] - limits.ramp_ahead_s
+    near = last.temperature_c >= last.slowdown_c - limits.ramp_near_c
+    if last.shutdown_c is None or not near or trend.sum() < _MIN_RAMP_READINGS:
+        return found
+    rise = _rise_per_s(times[trend], degrees[trend])
+    ahead_s = (last.shutdown_c - last.temperature_c) / rise if rise > 0 else float("inf")
+    if ahead_s <= limits.ramp_ahead_s:
+        reason = f"{last.temperature_c:.0f} °C and rising {rise * 60:.1f} °C a minute"
+        found.append((Action.MIGRATE, f"{reason}: shutdown at {last.shutdown_c:.0f} °C is near"))
+    return found
+
+
+def _rise_per_s(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> float:
+    """Slope that one wrong reading does not move: the median over all pairs (Theil and Sen).
+
+    0 unless it rose from the first half to the second and on within that: a jump, or a warm-up
+    that has come to rest, is no ramp.
+    """
+    half = len(times) // 2
+    early, late = degrees[:half], degrees[half:]
+    rose = np.median(late) > np.median(early)
+    rises = np.median(late[len(late) // 2 :]) > np.median(late[: len(late) // 2])
+    if not (rose and rises):
+        return 0.0
+    i, j = np.triu_indices(len(times), k=1)
+    return float(np.median((degrees[j] - degrees[i]) / (times[j] - times[i])))
+
+
+def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
+    last = recent[-1]
+    return [
+        (Action.NOTE, f"{share:.1%} of the host's {what} is free")
+        for share, what in ((last.memory_free_share, "memory"), (last.disk_free_share, "disk"))
+        if share is not None and share < limits.free_share
+    ]
+
+
+def _gained(recent: Sequence[Reading], name: str) -> tuple[float, float]:
+    """Return by how much a total grew, and over how many seconds; what it held before is history.
+
+    A total that falls was reset (a new driver, a reboot): what it shows then has been gained since.
+    """
+    known = [(r.mono_s, getattr(r, name)) for r in recent if getattr(r, name) is not None]
+    gained = 0.0
+    for (_, before), (_, after) in zip(known, known[1:], strict=False):
+        gained += after - before if after >= before else after
+    return gained, known[-1][0] - known[0][0] if known else 0.0
+
+
+_RULES: tuple[Callable[[Sequence[Reading], HealthLimits], list[_Finding]], ...] = (
+    _vendor_advice,
+    _driver_events,
+    _temperature,
+    _throttling,
+    _counters,
+    _host_space,
+)
+
+
+class HealthWatch:
+    """Remembers the readings of every device, as long as they count.
+
+    Args:
+        limits: What is too much.
+    """
+
+    def __init__(self, limits: HealthLimits | None = None) -> None:
+        self._limits = limits or HealthLimits()
+        self._history: dict[tuple[str, str], deque[Reading]] = {}
+
+    def observe(self, readings: Sequence[Reading]) -> dict[tuple[str, str], Verdict]:
+        """Take readings in; return the verdict on each device read, by (host, device).
+
+        A reading older than the last one of its device is dropped: a clock was set, or a packet
+        came late.
+        """
+        verdicts: dict[tuple[str, str], Verdict] = {}
+        for reading in readings:
+            key = (reading.host, reading.device)
+            history = self._history.setdefault(key, deque())
+            if history and reading.mono_s <= history[-1].mono_s:
+                continue
+            history.append(reading)
+            while reading.mono_s - history[0].mono_s > self._limits.window_s:
+                history.popleft()
+            verdicts[key] = judge(list(history), self._limits)
+        return verdicts

@@ -1,0 +1,1 @@
+"""Faults of the network traced to a link or a switch, from the hosts at its edge."""

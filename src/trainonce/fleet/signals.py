@@ -1,0 +1,164 @@
+"""What can be read of a device or a host, and where readings come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainonce.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One look at one device, or at a host (`device` is ""). None: not known.
+
+    Totals count since some start of their own; a total that falls was reset.
+
+    Args:
+        mono_s: When, on the host's monotonic clock.
+        host: Name of the host.
+        device: "gpu3", or "" for the host itself.
+        temperature_c: Of the GPU core.
+        slowdown_c: Where the device begins to protect itself.
+        shutdown_c: Where it switches off.
+        throttled_thermal_s: Total time slowed by the hardware's thermal protection.
+        throttled_brake_s: Total time slowed by the power brake.
+        recovery_action: NVML's advice: 0 none, 1 reset, 2 reboot, 3 drain, 4 drain and reset.
+        row_remap_failed: Memory rows that could not be replaced.
+        row_remap_pending: Memory rows that are replaced at the next reset.
+        ecc_uncorrected_total: Memory errors that could not be corrected.
+        ecc_corrected_total: Those that could.
+        nvlink_errors_total: Replays and recoveries of NVLink.
+        pcie_replays_total: Replays of PCIe.
+        link_downed_total: How often an InfiniBand or Ethernet port went down.
+        memory_free_share: Of the host.
+        disk_free_share: Of the disk that checkpoints go to.
+        xids: Driver events since the reading before.
+    """
+
+    mono_s: float
+    host: str
+    device: str = ""
+    temperature_c: float | None = None
+    slowdown_c: float | None = None
+    shutdown_c: float | None = None
+    throttled_thermal_s: float | None = None
+    throttled_brake_s: float | None = None
+    recovery_action: int | None = None
+    row_remap_failed: int | None = None
+    row_remap_pending: int | None = None
+    ecc_uncorrected_total: int | None = None
+    ecc_corrected_total: int | None = None
+    nvlink_errors_total: int | None = None
+    pcie_replays_total: int | None = None
+    link_downed_total: int | None = None
+    memory_free_share: float | None = None
+    disk_free_share: float | None = None
+    xids: tuple[int, ...] = ()
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what is known, as plain values."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None and v != ()}
+
+
+_FIELDS = {item.name: item for item in dataclasses.fields(Reading)}
+
+
+def from_record(record: object) -> Reading:
+    """Return the reading in `record`.
+
+    A number that is none (NaN, infinite, negative where there are only counts) is taken as not
+    known: one bad sensor must not hide the others.
+
+    Raises:
+        ConfigError: It is no reading, or holds unknown fields.
+    """
+    if not isinstance(record, dict) or not {"mono_s", "host"} <= set(record):
+        raise ConfigError(f"no reading: {record!r}", hint="it needs at least mono_s and host")
+    unknown = sorted(set(record) - set(_FIELDS))
+    if unknown:
+        raise ConfigError(f"unknown field {unknown[0]!r} in a reading")
+    values: dict[str, Any] = {}
+    for name, value in record.items():
+        if name in ("host", "device"):
+            values[name] = str(value)
+        elif name == "xids":
+            values[name] = tuple(int(each) for each in value)
+        elif value is None or isinstance(value, bool) or not isinstance(value, int | float):
+            values[name] = None
+        else:
+            values[name] = value if math.isfinite(value) and value >= 0 else None
+    if values["mono_s"] is None:
+        raise ConfigError(f"a reading without a time: {record!r}")
+    return Reading(**values)
+
+
+class Source(Protocol):
+    """Where readings come from: a driver, an exporter, a recording, a script."""
+
+    def read(self) -> Sequence[Reading]:
+        """Return one reading of each device and host that can be read now."""
+        ...
+
+
+class ScriptedSource:
+    """Readings given beforehand, one batch a call; nothing after the last.
+
+    Args:
+        batches: What each call of `read` returns.
+    """
+
+    def __init__(self, batches: Iterable[Sequence[Reading]]) -> None:
+        self._batches = iter(batches)
+
+    def read(self) -> Sequence[Reading]:
+        """Return the next batch."""
+        return next(self._batches, ())
+
+
+class RecordedSource:
+    """Readings of a file, one JSON object a line; each call returns those of one instant.
+
+    Args:
+        path: As written by `record`.
+
+    Raises:
+        ConfigError: The file cannot be read, or a line is no reading.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from error
+        self._readings: list[Reading] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                self._readings.append(from_record(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{path}, line {number}: {error}") from error
+        self._next = 0
+
+    def read(self) -> Sequence[Reading]:
+        """Return the readings of the next instant."""
+        begin = self._next
+        while (
+            self._next < len(self._readings)
+            and self._readings[self._next].mono_s == self._readings[begin].mono_s
+        ):
+            self._next += 1
+        return self._readings[begin : self._next]
+
+
+def record(readings: Iterable[Reading], path: Path) -> None:
+    """Append readings to a file that `RecordedSource` plays back."""
+    with path.open("a", encoding="utf-8") as file:
+        for reading in readings:
+            file.write(json.dumps(reading.to_record()) + "\n")

@@ -1,0 +1,58 @@
+"""What people do in a step: each way survives a kill in it, bit for bit."""
+
+import pytest
+
+# Commits of each way, in the order in which the script goes through them.
+COMMITS = {
+    "batchnorm_dropout": 6, "buffers_not_broadcast": 6, "find_unused": 6, "static_graph": 6,
+    "bucket_view": 6, "no_sync_inside": 6, "no_sync_across": 2, "clipping": 6, "amp_scaler": 6,
+    "schedulers": 6, "comm_hook": 6, "gan": 6, "sam": 6, "lbfgs": 6, "own_collectives": 6,
+    "late_collectives": 6, "by_hand": 6, "moving_average": 6,
+}  # fmt: skip
+
+
+def kills(rank, local_step, points):
+    """One kill in every way to train, at `local_step` of it, the points taking turns."""
+    faults, first = [], 0
+    for n, (way, commits) in enumerate(COMMITS.items()):
+        point = points[n % len(points)]
+        if way == "by_hand" and point not in ("backward", "collective"):
+            point = "collective"  # without an optimizer there is no such point
+        step = first + min(local_step, commits - 1)
+        faults.append(f"kill rank={rank} step={step} point={point}")
+        first += commits
+    return faults
+
+
+def check(calm, result):
+    assert result.values("steps") == {0: sum(COMMITS.values()), 1: sum(COMMITS.values())}
+    # What steps returned is the same too, unless it went down in the very last step of a way.
+    theirs = calm("variants.py").values("values")
+    for rank, values in result.values("values").items():
+        different = {way for way in values if values[way] != theirs[rank][way]}
+        assert len(different) <= result.values_lost, (different, result.explain())
+
+
+def test_every_way_to_train_survives_a_kill(calm, shaken):
+    points = ("backward", "collective", "reduced", "update", "updated")
+    check(calm, shaken("variants.py", faults=kills(1, 3, points)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("local_step", [0, 1, 2, 5])
+@pytest.mark.parametrize(
+    "points",
+    [("backward", "collective", "updated"), ("update", "commit", "reduced"),
+     ("collective", "between", "backward", "begin")],
+)  # fmt: skip
+def test_every_way_to_train_survives_a_kill_anywhere(calm, shaken, rank, local_step, points):
+    check(calm, shaken("variants.py", faults=kills(rank, local_step, points)))
+
+
+def test_groups_of_the_scripts_own_survive_kills_of_members_and_others(shaken):
+    shaken(
+        "groups.py", world=3, spares=1,
+        faults=["kill rank=2 step=3 point=backward", "kill rank=1 step=6 point=collective",
+                "kill rank=0 step=9 point=updated"],
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""The private parts of torch that this package leans on are there and behave as assumed.
+
+When one of these fails on another torch, read `trainonce.worker.torch_private` first.
+"""
+
+import inspect
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from trainonce.worker import torch_private
+
+
+class Recorder(dist.ProcessGroup):
+    """A group of two of which one is here; notes what is issued and by whom."""
+
+    def __init__(self, rank, size):
+        super().__init__(rank, size)
+        self.calls = []
+
+    def getBackendName(self):
+        return "recorder"
+
+    @property
+    def group_name(self):
+        return "recorder"
+
+    def _set_group_name(self, name):
+        pass
+
+    def _note(self, kind, tensor, result):
+        self.calls.append(
+            (kind, tensor.dtype, torch_private.constructing_ddp(), torch_private.rebuilding_ddp())
+        )
+        future = torch.futures.Future()
+        future.set_result(result)
+        return Done(future)
+
+    def allreduce(self, tensors, opts=None):
+        return self._note("all_reduce", tensors[0], tensors)
+
+    def broadcast(self, tensors, opts=None):
+        return self._note("broadcast", tensors[0], tensors)
+
+    def allgather(self, outputs, inputs, opts=None):
+        for output in outputs[0]:
+            output.copy_(inputs[0])
+        return self._note("all_gather", inputs[0], outputs)
+
+    def barrier(self, opts=None):
+        return self._note("barrier", torch.zeros(1), [])
+
+
+class Done(dist._Work):
+    def __init__(self, future):
+        super().__init__()
+        self._future = future
+
+    def wait(self, timeout=None):
+        return True
+
+    def get_future(self):
+        return self._future
+
+
+@pytest.fixture
+def group():
+    made = []
+
+    def create(options, _backend_options):
+        # What `trainonce.worker.session` reads of it.
+        assert list(options.global_ranks_in_group) in ([], [0, 1])
+        assert isinstance(options.group_id, str)
+        made.append(Recorder(0, 2))
+        return made[-1]
+
+    if not hasattr(dist.Backend, "RECORDER"):
+        dist.Backend.register_backend("recorder", create, extended_api=True, devices=["cpu"])
+    else:
+        entry = dist.Backend._plugins["RECORDER"]
+        dist.Backend._plugins["RECORDER"] = entry._replace(creator_fn=create)
+    dist.init_process_group("recorder", store=dist.HashStore(), rank=0, world_size=2)
+    yield made[0]
+    dist.destroy_process_group()
+
+
+def net():
+    layers = [torch.nn.Linear(16, 16) for _ in range(4)]
+    return torch.nn.Sequential(*layers[:2], torch.nn.BatchNorm1d(16), *layers[2:])
+
+
+def train(model):
+    model(torch.randn(4, 16)).sum().backward()
+
+
+def test_collectives_of_the_constructor_are_told_from_others(group):
+    model = DDP(net())
+    assert group.calls
+    assert all(constructing is not None for _, _, constructing, _ in group.calls)
+    # The same object: what it is found by is the frame's `self`.
+    assert {constructing for _, _, constructing, _ in group.calls} == {model}
+    group.calls.clear()
+    train(model)
+    assert all(constructing is None for _, _, constructing, _ in group.calls)
+
+
+def orders(group, model):
+    """Return the dtypes of broadcasts that were issued while `model` rebuilt its buckets."""
+    return [
+        dtype
+        for kind, dtype, _, rebuilding in group.calls
+        if kind == "broadcast" and rebuilding is model
+    ]
+
+
+def test_the_bucket_order_is_broadcast_as_int32_in_the_second_pass_and_only_there(group):
+    model = DDP(net(), bucket_cap_mb=0.001)
+    for expected in (False, True, False):
+        group.calls.clear()
+        train(model)
+        found = orders(group, model)
+        assert bool(found) is expected
+        assert set(found) <= {torch.int32}
+        # Buffers are broadcast below the same function, and must not be taken for it.
+        assert any(k == "broadcast" and r is None for k, _, _, r in group.calls)
+
+
+def test_a_static_graph_reduces_its_used_map_in_the_first_pass_and_rebuilds_in_the_third(group):
+    model = DDP(net(), bucket_cap_mb=0.001, static_graph=True)
+    assert model.static_graph is True
+    maps, rebuilt = [], []
+    for _ in range(4):
+        group.calls.clear()
+        train(model)
+        maps.append(any(k == "all_reduce" and d == torch.int32 for k, d, *_ in group.calls))
+        rebuilt.append(bool(orders(group, model)))
+    assert maps == [True, False, False, False]
+    assert rebuilt == [False, False, True, False]
+
+
+def test_buckets_can_be_rebuilt_without_a_backward_pass(group):
+    model = DDP(net(), bucket_cap_mb=0.001)
+    group.calls.clear()
+    torch_private.rebuild_buckets(model)
+    assert [kind for kind, dtype, *_ in group.calls if dtype == torch.int32]
+    group.calls.clear()
+    for _ in range(3):
+        train(model)
+    assert not orders(group, model)
+
+
+def test_marking_all_parameters_ready_makes_the_next_pass_rebuild(group):
+    model = DDP(net(), bucket_cap_mb=0.001)
+    torch_private.mark_all_parameters_ready(model)
+    group.calls.clear()
+    train(model)
+    assert orders(group, model)
+
+
+def test_the_functions_that_are_looked_for_on_the_stack_are_plain_python():
+    for function in (DDP.__init__, DDP._pre_forward, DDP._sync_buffers):
+        assert inspect.isfunction(function)
+        assert function.__code__.co_filename.endswith("distributed.py")
+
+
+def test_version_counters_count_changes_and_not_those_of_normalisation_layers():
+    tensor = torch.zeros(3)
+    before = tensor._version
+    tensor.add_(1)
+    assert tensor._version > before
+    norm = torch.nn.BatchNorm1d(4)
+    assert isinstance(norm, _NormBase)
+    before, mean = norm.running_mean._version, norm.running_mean.clone()
+    norm(torch.randn(8, 4))
+    assert not torch.equal(norm.running_mean, mean)
+    # If this fails, torch counts them now, and the special case in `state` can go.
+    assert norm.running_mean._version == before
+
+
+def test_gloo_takes_its_device_and_timeout_from_private_options():
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    assert hasattr(options, "_timeout")

@@ -1,0 +1,228 @@
+"""Ranks that die and what follows; stepped on the bench of conftest.py."""
+
+import os
+import signal
+
+import pytest
+
+from trainonce.wire.messages import (
+    Generation,
+    Hello,
+    Ready,
+)
+
+
+def test_a_killed_rank_goes_to_a_spare_together_with_its_mirror(bench):
+    b = bench(spares=1).ready(mirrors=True)
+    b.commit(50)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    assert b.engine.started[1].reaped
+    told = [b.engine.started[w].heard(Generation) for w in (0, 2)]
+    assert [(g[0].generation, g[0].rank, g[0].workers, g[0].newcomers) for g in told] == [
+        (2, 0, [0, 2], [1]),
+        (2, 1, [0, 2], [1]),
+    ]
+    assert (told[0][0].mirrors, told[1][0].mirrors) == (0, 1)
+    fd = b.engine.started[2].inside.take_fd()
+    assert os.pread(fd, 15, 0) == b"state of rank 1"
+    os.close(fd)
+
+
+def test_an_incident_tells_pause_and_recovery_and_is_told_in_one_sentence(bench):
+    b = bench(spares=1).ready()
+    b.commit(50)
+    b.clock.advance(0.5)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    b.clock.advance(0.04)
+    b.form(50, ranks=[0], digest="d")
+    b.form(50, ranks=[1], digest="d", recompute=1, bytes_moved=1000)
+    b.clock.advance(0.02)
+    b.commit(51)
+    (incident,) = b.of_kind("incident")
+    assert (incident.ranks, incident.pids, incident.cause) == ([1], [1_000_001], "signal")
+    assert (incident.detail, incident.served_by, incident.step) == ("SIGKILL", "rebuild", 50)
+    assert incident.detected_s == pytest.approx(0.5)
+    assert incident.recovery_s == pytest.approx(0.04)
+    assert incident.pause_s == pytest.approx(0.06)
+    assert (incident.micro_batches_recomputed, incident.bytes_moved) == (1, 1000)
+    assert (incident.digest_before, incident.digest_after) == ("d", "d")
+    assert b.lines[-1] == (
+        "rank 1 (pid 1000001) died of SIGKILL at step 50;"
+        " a spare took its place: paused 60 ms, nothing lost"
+    )
+
+
+def test_a_used_spare_is_replaced_shortly_after_the_generation_has_formed(bench):
+    b = bench(spares=1).ready()
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    assert len(b.engine.started) == 3
+    b.form(0)
+    # Starting a process takes a core from the ranks that are about to end the pause.
+    assert len(b.engine.started) == 3
+    b.step(advance_s=1.0)
+    assert len(b.engine.started) == 4
+    assert b.engine.started[3].spec.env["TRAINONCE_SPARE"] == "1"
+
+
+def test_a_death_before_every_rank_is_ready_restarts_all_ranks(bench):
+    b = bench()
+    for worker in (0, 1):
+        b.engine.started[worker].say(Hello(worker=worker, pid=1))
+    b.engine.started[0].say(Ready())
+    b.step()
+    b.engine.started[1].end(signum=signal.SIGKILL)
+    b.step()
+    assert b.engine.started[0].signals == [signal.SIGKILL]
+    assert b.job.membership.workers == (2, 3)
+    assert b.engine.started[2].spec.env["TORCHELASTIC_RESTART_COUNT"] == "1"
+    b.ready()
+    b.commit(1)
+    (incident,) = b.of_kind("incident")
+    assert (incident.served_by, incident.steps_lost) == ("restart", 0)
+
+
+def test_a_kill_during_recovery_adds_to_the_newcomers(bench):
+    b = bench(nproc=4, spares=2).ready()
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    b.form(0, ranks=[0])
+    b.rank(2).end(signum=signal.SIGKILL)
+    b.step()
+    assert (b.job.membership.generation, b.job.membership.newcomers) == (3, {1, 2})
+    assert b.rank(0).heard(Generation)[-1].newcomers == [1, 2]
+    b.form(0)
+    assert b.job.membership.is_formed
+    assert not b.job.membership.newcomers
+
+
+def test_a_newcomer_that_has_become_consistent_is_a_donor_in_the_next_generation(bench):
+    b = bench(nproc=3, spares=2).ready()
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    b.form(0, ranks=[1])
+    b.rank(2).end(signum=signal.SIGKILL)
+    b.step()
+    assert b.job.membership.newcomers == {2}
+
+
+def test_two_ranks_at_once_are_one_incident_and_one_generation(bench):
+    b = bench(nproc=3, spares=2).ready()
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.rank(2).end(signum=signal.SIGKILL)
+    b.step()
+    assert (b.job.membership.generation, b.job.membership.newcomers) == (2, {1, 2})
+    b.form(0)
+    b.commit(1)
+    (incident,) = b.of_kind("incident")
+    assert incident.ranks == [1, 2]
+    assert "ranks 1 and 2" in b.lines[-1]
+
+
+def test_a_spare_that_dies_while_it_is_promoted_is_followed_by_the_next(bench):
+    b = bench(spares=2).ready()
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    promoted = b.rank(1)
+    promoted.end(signum=signal.SIGKILL)
+    b.step()
+    assert b.rank(1) is not promoted
+    assert (b.job.membership.generation, b.job.membership.newcomers) == (3, {1})
+    b.form(0)
+    b.commit(1)
+    assert [i.served_by for i in b.of_kind("incident")] == ["rebuild", "rebuild"]
+
+
+def test_a_spare_that_dies_unused_is_replaced(bench):
+    b = bench(spares=1).ready()
+    b.engine.started[2].end(signum=signal.SIGKILL)
+    b.step()
+    assert len(b.engine.started) == 4
+    assert b.job.membership.generation == 1
+
+
+def test_spares_that_keep_dying_are_given_up_and_training_goes_on(bench):
+    b = bench(spares=1).ready()
+    b.engine.started[2].end(signum=signal.SIGKILL)
+    b.step()
+    for worker in (3, 4, 5):
+        b.engine.started[worker].end(code=1)
+        b.step()
+    assert len(b.engine.started) == 6
+    assert sum("no more are kept" in line for line in b.lines) == 1
+    assert not b.job.is_ending
+
+
+def test_with_no_spare_a_new_worker_is_started_and_the_wait_is_told(bench):
+    b = bench().ready()
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    assert "no spare is ready, starting a new worker" in b.lines[-1]
+    assert not b.rank(0).heard(Generation)
+    b.clock.advance(3)
+    b.engine.started[2].say(Hello(worker=2, pid=5))
+    b.step()
+    assert b.engine.started[2].heard(Generation)[0].newcomers == [1]
+    b.form(0)
+    b.commit(1)
+    (incident,) = b.of_kind("incident")
+    assert incident.waited_for_spare_s == pytest.approx(3)
+    assert "a new worker took its place" in b.lines[-1]
+
+
+def test_a_stopped_spare_is_not_promoted(bench):
+    b = bench(spares=1).ready()
+    b.engine.started[2].stopped = True
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    b.engine.started[3].say(Hello(worker=3, pid=5))
+    b.step()
+    assert b.job.membership.workers == (0, 3)
+
+
+def test_a_rank_that_cannot_be_rebuilt_sends_all_back_to_the_checkpoint(bench):
+    b = bench(spares=1).ready()
+    b.commit(50)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    (b.job.checkpoints / "step_40").mkdir(parents=True)
+    b.form(50, ranks=[0], error="no living copy")
+    assert b.job.membership.incarnation == 1
+    for worker in b.job.membership.workers:
+        b.engine.started[worker].say(Hello(worker=worker, pid=1))
+        b.engine.started[worker].progress["commits"] = 40
+    b.step()
+    assert b.rank(0).heard(Generation)[0].resume == str(b.job.checkpoints)
+    for rank in (0, 1):
+        b.rank(rank).say(Ready())
+    b.step()
+    b.commit(41)
+    (incident,) = b.of_kind("incident")
+    assert (incident.served_by, incident.steps_lost) == ("checkpoint", 10)
+    assert "10 steps to compute again" in b.lines[-1]
+
+
+def test_when_the_last_living_copy_dies_all_ranks_start_again(bench):
+    b = bench(spares=2).ready()
+    b.commit(7)
+    b.rank(0).end(signum=signal.SIGKILL)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    assert b.job.membership.incarnation == 1
+    b.ready()
+    b.commit(1)
+    (incident,) = b.of_kind("incident")
+    assert (incident.served_by, incident.steps_lost) == ("restart", 7)
+
+
+def test_restarts_are_bounded(bench):
+    b = bench(max_restarts=1).ready()
+    for _ in range(2):
+        b.rank(0).end(signum=signal.SIGKILL)
+        b.rank(1).end(signum=signal.SIGKILL)
+        b.step()
+        if not b.job.is_ending:
+            b.ready()
+    assert b.supervisor.exit_code == 3

@@ -1,0 +1,278 @@
+"""The health policy on scripted and recorded readings, false-alarm traps included."""
+
+from pathlib import Path
+
+import pytest
+
+from trainonce.errors import ConfigError
+from trainonce.fleet.health import (
+    XIDS_FATAL,
+    XIDS_SUSPECT,
+    Action,
+    HealthLimits,
+    HealthWatch,
+    Verdict,
+    judge,
+)
+from trainonce.fleet.moves import Move, MoveLimits, may_move
+from trainonce.fleet.signals import Reading, RecordedSource, ScriptedSource, from_record, record
+
+EVERY_S = 10.0
+
+
+def readings(count: int, **series: object) -> list[Reading]:
+    """Return readings ten seconds apart; a list or function gives a field's value for each."""
+    made = []
+    for i in range(count):
+        values = {
+            name: value[i] if isinstance(value, list) else value(i) if callable(value) else value
+            for name, value in series.items()
+        }
+        made.append(Reading(mono_s=1000 + EVERY_S * i, host="gpu-1", device="gpu0", **values))
+    return made
+
+
+def hot(temperature_c: object, count: int = 60) -> Verdict:
+    return judge(readings(count, temperature_c=temperature_c, slowdown_c=87.0, shutdown_c=92.0))
+
+
+# -- migrate now
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"recovery_action": 1}, "the driver advises to reset the GPU"),
+        ({"recovery_action": 2}, "the driver advises to reboot the node"),
+        ({"recovery_action": 9}, "the driver advises to action 9"),
+        ({"row_remap_failed": 1}, "1 memory rows could not be remapped"),
+        ({"xids": (79,)}, "XID 79: the GPU needs a reset"),
+    ],
+)
+def test_what_the_vendor_calls_fatal_moves_the_rank_at_once(
+    values: dict[str, object], says: str
+) -> None:
+    verdict = judge(readings(1, **values))
+    assert verdict.action is Action.MIGRATE
+    assert verdict.reasons[0] == says
+
+
+def test_steady_ramp_towards_shutdown_moves_the_rank_before_it_gets_there() -> None:
+    ramp = readings(60, temperature_c=lambda i: 60 + 0.5 * i, slowdown_c=87.0, shutdown_c=92.0)
+    first = next(i for i in range(60) if judge(ramp[: i + 1]).action is Action.MIGRATE)
+    temperature_c = ramp[first].temperature_c
+    assert temperature_c is not None
+    assert temperature_c < 87, "before the device slows down"
+    assert "rising 3.0 °C a minute" in judge(ramp[: first + 1]).reasons[0]
+
+
+def test_ramp_is_seen_through_noise_and_a_broken_reading() -> None:
+    noise = [0.0, 0.8, -0.6, 0.3, -0.9, 0.5]
+    series = [60 + 0.5 * i + noise[i % 6] for i in range(54)]
+    series[50] = 20.0
+    series[49] = None  # type: ignore[call-overload]
+    assert hot(series, 54).action is Action.MIGRATE
+
+
+# -- traps: none of these may move a rank
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        pytest.param(lambda i: 84.0, id="warm and steady"),
+        pytest.param(lambda i: 84.0 + (i % 2), id="warm and noisy"),
+        pytest.param(lambda i: min(84.0, 40 + 3.0 * i), id="warm-up that comes to rest"),
+        pytest.param(lambda i: 40.0 if i < 50 else 84.0, id="a load step"),
+        pytest.param(lambda i: 120.0 if i == 59 else 60.0, id="one absurd reading, the last"),
+        pytest.param(lambda i: 120.0 if i == 30 else 60.0, id="one absurd reading"),
+        pytest.param(lambda i: 60 + 0.01 * i, id="a slow day's warming"),
+        pytest.param(lambda i: 90 - 0.1 * i if i > 30 else 60.0, id="cooling down"),
+        pytest.param(lambda i: None, id="no sensor"),
+        pytest.param(lambda i: float("nan"), id="a sensor that gives no number"),
+        pytest.param(lambda i: 82 + 4 * ((i // 6) % 2), id="breathing with the load"),
+    ],
+)
+def test_temperatures_that_only_look_alarming_move_nothing(series: object) -> None:
+    assert hot(series).action is Action.NONE
+
+
+def test_lasting_heat_is_suspected_and_a_moment_of_it_is_not() -> None:
+    assert hot(lambda i: 88.0).action is Action.SUSPECT
+    assert hot([60.0] * 57 + [88.0] * 3).action is not Action.SUSPECT
+
+
+def test_users_own_faults_are_only_noted() -> None:
+    for xid in (13, 31, 43, 45):
+        assert judge(readings(3, xids=(xid,))).action is Action.NOTE
+    assert not XIDS_FATAL & XIDS_SUSPECT
+
+
+def test_counters_of_before_are_history() -> None:
+    old = {
+        "ecc_uncorrected_total": 40,
+        "ecc_corrected_total": 10**9,
+        "nvlink_errors_total": 10**7,
+        "pcie_replays_total": 10**7,
+        "link_downed_total": 12,
+        "throttled_thermal_s": 1e6,
+    }
+    assert judge(readings(60, **old)).action is Action.NONE
+
+
+def test_counter_that_was_reset_has_not_gained_what_it_lost() -> None:
+    totals = [10**6 + i for i in range(30)] + list(range(30))
+    assert judge(readings(60, nvlink_errors_total=totals)).action is Action.SUSPECT
+    totals = [10**6] * 30 + [0] * 30
+    assert judge(readings(60, nvlink_errors_total=totals)).action is Action.NONE
+
+
+@pytest.mark.parametrize(
+    ("series", "says"),
+    [
+        ({"throttled_thermal_s": lambda i: 7.0 * i}, "slowed by thermal protection 69% of 590 s"),
+        ({"throttled_brake_s": lambda i: 9.0 * i}, "slowed by the power brake"),
+        ({"ecc_uncorrected_total": lambda i: int(i > 40)}, "1 memory errors could not"),
+        ({"ecc_corrected_total": lambda i: 5 * i}, "1800 corrected memory errors an hour"),
+        ({"nvlink_errors_total": lambda i: i}, "360 NVLink errors an hour, limit 100"),
+        ({"pcie_replays_total": lambda i: i}, "360 PCIe replays an hour"),
+        ({"link_downed_total": lambda i: i // 30}, "a network port went down 1 times"),
+        ({"row_remap_pending": 2}, "2 memory rows wait for a reset"),
+        ({"xids": (74,)}, "XID 74 hints at the hardware"),
+    ],
+)
+def test_what_hints_at_the_hardware_is_suspected(series: dict[str, object], says: str) -> None:
+    verdict = judge(readings(60, **series))
+    assert verdict.action is Action.SUSPECT
+    assert says in verdict.reasons[0]
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"throttled_thermal_s": lambda i: 5.0 * i},
+        {"throttled_thermal_s": lambda i: 10.0 * max(0, i - 40)},
+        {"ecc_corrected_total": lambda i: i},
+        {"nvlink_errors_total": lambda i: i // 10},
+    ],
+)
+def test_little_is_not_too_much(series: dict[str, object]) -> None:
+    assert judge(readings(60, **series)).action is Action.NONE
+
+
+def test_burst_in_the_first_seconds_is_no_rate() -> None:
+    assert judge(readings(3, nvlink_errors_total=[0, 2, 3])).action is Action.NONE
+
+
+def test_full_host_is_noted() -> None:
+    verdict = judge(readings(1, memory_free_share=0.01, disk_free_share=0.5))
+    assert verdict == Verdict(Action.NOTE, ("1.0% of the host's memory is free",))
+
+
+def test_most_urgent_reason_comes_first_and_all_are_kept() -> None:
+    verdict = judge(readings(1, xids=(13, 79), row_remap_pending=1))
+    assert verdict.action is Action.MIGRATE
+    assert [reason.split()[1] for reason in verdict.reasons] == ["79:", "memory", "13"]
+
+
+def test_event_is_forgotten_after_the_window() -> None:
+    limits = HealthLimits(window_s=100)
+    fault = readings(1, xids=(79,)) + readings(30)[5:]
+    assert judge(fault[:5], limits).action is Action.MIGRATE
+    assert judge(fault, limits).action is Action.NONE
+
+
+def test_no_reading_says_nothing() -> None:
+    assert judge([]) == Verdict(Action.NONE)
+
+
+def test_watch_keeps_devices_apart_and_drops_what_comes_late() -> None:
+    watch = HealthWatch()
+    ok, bad = (
+        Reading(mono_s=5, host="a", device="gpu0"),
+        Reading(mono_s=5, host="a", device="gpu1", recovery_action=1),
+    )
+    verdicts = watch.observe([ok, bad])
+    assert verdicts["a", "gpu0"].action is Action.NONE
+    assert verdicts["a", "gpu1"].action is Action.MIGRATE
+    assert watch.observe([Reading(mono_s=4, host="a", device="gpu1")]) == {}
+
+
+@pytest.mark.parametrize("change", [{"window_s": 0}, {"hot_s": -1}, {"free_share": float("nan")}])
+def test_impossible_limits_are_refused(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be more than 0"):
+        HealthLimits(**change)
+
+
+# -- sources
+
+
+def test_recording_plays_back_what_was_recorded(tmp_path: Path) -> None:
+    batches = [[a, b] for a, b in zip(
+        readings(3, temperature_c=70.0, xids=(31,)),
+        [Reading(mono_s=1000 + EVERY_S * i, host="gpu-1", memory_free_share=0.5) for i in range(3)],
+        strict=True,
+    )]  # fmt: skip
+    path = tmp_path / "signals.jsonl"
+    for batch in batches:
+        record(batch, path)
+    played, scripted = RecordedSource(path), ScriptedSource(batches)
+    for batch in batches:
+        assert list(played.read()) == list(scripted.read()) == batch
+    assert list(played.read()) == list(scripted.read()) == []
+
+
+def test_numbers_that_are_none_are_not_known() -> None:
+    reading = from_record(
+        {"mono_s": 1.0, "host": "a", "temperature_c": float("nan"), "row_remap_failed": -1,
+         "slowdown_c": "hot", "recovery_action": True}
+    )  # fmt: skip
+    assert reading == Reading(mono_s=1.0, host="a")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[]", "no reading"),
+        ('{"host": "a"}', "no reading"),
+        ('{"host": "a", "mono_s": "soon"}', "without a time"),
+        ('{"host": "a", "mono_s": 1, "colour": 3}', "unknown field 'colour'"),
+        ("{", "line 1"),
+        ('{"host": "a", "mono_s": 1, "xids": 5}', "line 1"),
+    ],
+)
+def test_bad_recording_gets_a_clear_word(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "signals.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(ConfigError, match=says):
+        RecordedSource(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        RecordedSource(tmp_path / "none.jsonl")
+
+
+# -- the guard
+
+
+def test_guard_keeps_spares_for_failures() -> None:
+    assert may_move("a", now_s=0, spares_ready=2, moves=[]).allowed
+    refused = may_move("a", now_s=0, spares_ready=1, moves=[])
+    assert not refused.allowed
+    assert refused.reason == "1 spares are ready and 1 kept for failures"
+
+
+def test_guard_limits_rate_and_flapping() -> None:
+    def decide(now_s: float, *moves: Move) -> str:
+        decision = may_move("a", now_s=now_s, spares_ready=9, moves=moves)
+        return "" if decision.allowed else decision.reason
+
+    assert "the last move was 50 s ago" in decide(50, Move("b", 0))
+    assert decide(200, Move("b", 0)) == ""
+    assert "4 moves in the last hour" in decide(1200, *(Move(f"h{i}", 200 * i) for i in range(4)))
+    assert decide(9000, *(Move(f"h{i}", 200 * i) for i in range(4))) == ""
+    assert "it flaps" in decide(20_000, Move("a", 0), Move("a", 10_000))
+    assert decide(90_000, Move("a", 0), Move("a", 10_000)) == ""
+
+
+def test_impossible_guard_is_refused() -> None:
+    with pytest.raises(ConfigError, match="limits of moves"):
+        MoveLimits(per_h=0)

@@ -1,0 +1,126 @@
+"""Probe packets, settings, and who may send them."""
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from trainonce.errors import ConfigError
+from trainonce.fleet.links.probe import ProbeSettings, measure
+from trainonce.fleet.wire import PACKET_BYTES, Kind, Packet, Sealer, read_token
+
+PACKET = Packet(Kind.PROBE, 3, 17, 123_456_789)
+TOKEN = "a secret of the fabric"
+
+
+def test_packet_survives_the_wire_and_has_a_golden_size() -> None:
+    sealer = Sealer(TOKEN)
+    data = sealer.pack(PACKET, src="10.0.0.1", dst="10.0.0.2")
+    assert len(data) == PACKET_BYTES == 36
+    assert sealer.unpack(data, src="10.0.0.1", dst="10.0.0.2") == PACKET
+
+
+def test_packets_of_strangers_are_not_taken() -> None:
+    ours, theirs = Sealer(TOKEN), Sealer("a guess")
+    data = ours.pack(PACKET, src="10.0.0.1", dst="10.0.0.2")
+    assert theirs.unpack(data, src="10.0.0.1", dst="10.0.0.2") is None
+    assert ours.unpack(data, src="10.0.0.3", dst="10.0.0.2") is None, "recorded elsewhere"
+    assert ours.unpack(data, src="10.0.0.2", dst="10.0.0.1") is None, "reflected"
+    assert ours.unpack(data[:-1], src="10.0.0.1", dst="10.0.0.2") is None
+    assert ours.unpack(data + b"x", src="10.0.0.1", dst="10.0.0.2") is None
+    assert ours.unpack(b"", src="10.0.0.1", dst="10.0.0.2") is None
+    for at in range(len(data)):
+        spoilt = bytearray(data)
+        spoilt[at] ^= 1
+        assert ours.unpack(bytes(spoilt), src="10.0.0.1", dst="10.0.0.2") is None
+
+
+def test_token_is_needed_beyond_loopback(tmp_path: Path) -> None:
+    assert read_token(None, ["127.0.0.1", "127.0.0.2"]) == ""
+    with pytest.raises(ConfigError, match="needs a token"):
+        read_token(None, ["127.0.0.1", "10.0.0.1"])
+    path = tmp_path / "token"
+    with pytest.raises(ConfigError, match="cannot read the token"):
+        read_token(path, ["10.0.0.1"])
+    path.write_text("short")
+    with pytest.raises(ConfigError, match="has 5 characters"):
+        read_token(path, ["10.0.0.1"])
+    path.write_text(TOKEN + "\n")
+    assert read_token(path, ["10.0.0.1"]) == TOKEN
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"host": "gpu-1"}, "not an IPv4 address"),
+        ({"peers": ()}, "must be other hosts"),
+        ({"peers": ("127.0.0.1",)}, "must be other hosts"),
+        ({"peers": ("127.0.0.2", "127.0.0.2")}, "must be other hosts"),
+        ({"ports": 0}, "ports must lie"),
+        ({"base_port": 80}, "base_port must lie"),
+        ({"base_port": 65_535}, "base_port must lie"),
+        ({"packets": 10**9}, "packets must lie"),
+        ({"rate_per_s": float("nan")}, "rate_per_s must lie"),
+    ],
+)
+def test_impossible_settings_are_refused(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ProbeSettings(**({"host": "127.0.0.1", "peers": ("127.0.0.2",)} | changes))
+
+
+def free_ports(count: int) -> int:
+    """Return the first of `count` ports that are free on 127.0.0.1 at the moment."""
+    for base in range(20_000, 60_000, 97):
+        try:
+            for port in range(base, base + count):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+                    trial.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return base
+    raise AssertionError("no free ports")
+
+
+def test_two_hosts_on_loopback_measure_each_other_and_drop_strangers() -> None:
+    base = free_ports(2)
+    ends = ("127.0.0.1", "127.0.0.2")
+    made = {}
+
+    def one(host: str, peer: str) -> None:
+        made[host] = measure(
+            ProbeSettings(
+                host=host, peers=(peer,), ports=2, base_port=base, packets=20, rate_per_s=400,
+                wait_s=60,
+            )
+        )  # fmt: skip
+
+    threads = [threading.Thread(target=one, args=(a, b)) for a, b in (ends, ends[::-1])]
+    for thread in threads:
+        thread.start()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        while any(thread.is_alive() for thread in threads):
+            stranger.sendto(b"hello, let me in please, I am a peer!", (ends[0], base))
+            threads[0].join(0.02)
+    for host, peer in (ends, ends[::-1]):
+        record = made[host]
+        assert record.sent == {(peer, 0): 20, (peer, 1): 20}
+        assert {key: len(delays) for key, delays in record.received.items()} == record.sent
+        assert record.hops == {(peer, 0): [peer], (peer, 1): [peer]}
+        assert record.unreachable == []
+    assert made[ends[0]].strangers > 0
+    assert made[ends[1]].strangers == 0
+
+
+def test_peer_that_is_not_there_is_reported_and_nothing_hangs() -> None:
+    base = free_ports(1)
+    record = measure(
+        ProbeSettings(host="127.0.0.1", peers=("127.0.0.9",), ports=1, base_port=base, wait_s=0.3)
+    )
+    assert record.unreachable == ["127.0.0.9"]
+    assert (record.sent, record.received) == ({}, {})
+
+
+def test_address_of_another_host_cannot_be_bound() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
+        measure(ProbeSettings(host="192.0.2.1", peers=("192.0.2.2",), token=TOKEN))

@@ -1,0 +1,119 @@
+"""The tasks of `trainonce bench levers`, and the command."""
+
+import json
+
+import pytest
+import torch
+
+from trainonce.cli.main import main
+from trainonce.errors import ConfigError
+from trainonce.levers import results
+from trainonce.levers.bench import GRIDS, TASKS, make_study
+from trainonce.levers.bench.digits import Digits
+from trainonce.levers.bench.stdlib_bytes import StdlibBytes
+from trainonce.levers.harness import Recipe, Study, run_study
+from trainonce.levers.usage import UsageMeter
+
+
+def train(task, settings, seed=0, split="reporting"):
+    meter = UsageMeter()
+    return task.train(settings, seed, split, meter), meter.total()
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_recipe_of_a_study_is_one_that_the_task_understands(name, grid):
+    study = make_study(name, grid=grid)
+    recipes = (study.default, *study.baseline, *study.candidate)
+    assert len({recipe.name for recipe in recipes}) == len(recipes)
+    assert all(recipe.settings.keys() == study.default.settings.keys() for recipe in recipes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 0.2},
+        {"epochs": 0.2, "optimizer": "muon", "schedule": True, "subset": 0.5},
+        {"epochs": 1.3, "optimizer": "adamw", "infobatch": 0.5, "batch": 250},
+    ],
+)
+def test_digits_trains_the_same_twice_and_differently_by_seed(settings):
+    task = Digits(width=2)
+    (first, usage), (again, _) = train(task, settings), train(task, settings)
+    assert first == again != train(task, settings, seed=1)[0]
+    assert usage.flops > 0
+    assert usage.samples == usage.steps * settings.get("batch", 64)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tokens": 64}, {"tokens": 96, "optimizer": "muon", "schedule": True, "sequence_warmup": 0.9}],
+)
+def test_bytes_trains_the_same_twice_and_counts_its_tokens(settings):
+    task = StdlibBytes(dim=8, layers=1, context=16)
+    settings = {**settings, "batch": 2}
+    (first, usage), (again, _) = train(task, settings), train(task, settings)
+    assert first == again
+    assert usage.tokens == settings["tokens"]
+    assert 0 < first["bits_per_byte"] < 9
+
+
+def test_data_for_training_tuning_and_reporting_are_disjoint():
+    task = Digits(split_seed=3)
+    parts = [task._train[0], *(images for images, _ in task._splits.values())]
+    assert [len(part) for part in parts] == [1000, 398, 399]
+    images = torch.cat(parts).flatten(1)
+    whole = torch.cat([Digits()._train[0], *(x for x, _ in Digits()._splits.values())]).flatten(1)
+    assert torch.equal(images.sort(0).values, whole.sort(0).values)
+    other = StdlibBytes()
+    ends = [len(other._train), *(len(part) for part in other._splits.values())]
+    assert sum(ends) <= 3_000_000
+    assert ends[1:] == [150_000, 150_000]
+
+
+def test_controls_have_the_share_of_updates_that_was_asked_for():
+    task, recipe = Digits(width=2), Recipe("r", {"epochs": 4, "batch": 100})
+    for control in (task.shorter(recipe, 0.2), task.subset(recipe, 0.2)):
+        assert control.name != recipe.name
+        assert train(task, control.settings)[1].steps == 8
+    text, tokens = (
+        StdlibBytes(dim=8, layers=1, context=16),
+        Recipe("r", {"tokens": 640, "batch": 2}),
+    )
+    for control in (text.shorter(tokens, 0.5), text.subset(tokens, 0.5)):
+        assert train(text, control.settings)[1].tokens == 320
+
+
+def test_the_command_shows_a_result_file_without_running_anything(tmp_path, capsys):
+    tiny = {"epochs": 0.1, "lr": 0.01}
+    study = Study(
+        task=Digits(width=1),
+        default=Recipe("d", tiny),
+        baseline=[Recipe("b", tiny)],
+        candidate=[Recipe("c", {**tiny, "optimizer": "muon"})],
+        tuning_seeds=(9,),
+    )
+    path = results.write(results.to_record(run_study(study), {"task": ["digits"]}), tmp_path, "x")
+    assert main(["bench", "levers", "--show", str(path)]) == 0
+    assert "| tuned baseline | b |" in capsys.readouterr().out
+    assert main(["bench", "levers", "--show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["task"]["name"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "magic"], "no task 'magic'"),
+        (["--task", "digits", "--grid", "huge"], "grid 'huge'"),
+        (["--task", "digits", "--seeds", "4"], "too few"),
+        (["--tuning-seeds", "0"], "at least 1"),
+    ],
+)
+def test_bad_options_are_refused_with_a_hint_before_anything_runs(arguments, words, capsys):
+    assert main(["bench", "levers", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ConfigError, match="no task"):
+        make_study("magic")

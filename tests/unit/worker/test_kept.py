@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from trainonce.worker.kept import KeptValues, encode_unknown, join, split
+from trainonce.worker.values import LazyMean
+
+
+def handed_over(values, latest=None, means=(), restored_means=()):
+    newcomer = KeptValues(pytest.fail)
+    parts = split(join(values.encode(latest, list(means))))
+    newcomer.restore(parts, list(restored_means))
+    return newcomer
+
+
+def test_values_come_back_as_they_were_at_the_commit():
+    values = KeptValues(pytest.fail)
+    loss = torch.tensor(2.0)
+    values.add((0,), {"loss": loss}, lambda _: True)
+    values.encode((0,), [])
+    loss.add_(1.0)  # the script's own business, after the commit
+    known, value = handed_over(values).get((0,))
+    assert known
+    assert float(value["loss"]) == 2.0
+
+
+def test_a_value_is_encoded_once():
+    values = KeptValues(pytest.fail)
+    values.add((0,), torch.ones(3), lambda _: True)
+    (first,) = values.encode((0,), [])
+    (second,) = values.encode((1,), [])
+    assert first is second
+
+
+def test_means_that_are_not_reduced_yet_are_those_of_the_newcomer():
+    values = KeptValues(pytest.fail)
+    mean = LazyMean(1.5)
+    values.add((0,), (mean, 7), lambda _: True)
+    theirs = LazyMean(2.5)
+    _, value = handed_over(values, (0,), [mean], [theirs]).get((0,))
+    assert value == (theirs, 7)
+    _, settled = handed_over(values, (1,), [LazyMean(9.0)]).get((0,))
+    assert settled == (1.5, 7)
+
+
+def test_a_value_without_an_encoding_is_told_and_found_lost():
+    told = []
+    values = KeptValues(told.append)
+    values.add((0,), (object(), 1), lambda _: True)
+    known, shape = handed_over(values).get((0,))
+    assert (known, shape, len(told)) == (False, (None, None), 1)
+
+
+def test_only_live_values_are_kept_and_at_most_sixteen():
+    values = KeptValues(pytest.fail)
+    for step in range(40):
+        values.add((step,), step, lambda position: position != (39,))
+    assert len(values.encode(None, [])) == 16
+    assert values.get((39,)) == (False, None)
+    assert values.get((38,)) == (True, 38)
+
+
+def test_parts_of_any_length_are_taken_apart_again():
+    parts = [b"", b"a", bytes(1000), encode_unknown((1, 2), None)]
+    assert [bytes(part) for part in split(join(parts))] == parts
+    assert split(join([])) == []

@@ -1,0 +1,98 @@
+"""How a generation becomes consistent, from what each rank reports."""
+
+import json
+
+import pytest
+
+from trainonce.errors import CollectiveError, RecoveryError
+from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.plan import RankReport, plan_recovery
+
+WORLD = "world"
+SUM = "all_reduce(float32[8],SUM)"
+
+
+def report(commits, done=(), pending=(), *, fresh=False, donor=True, original=True, ranks=3):
+    ops = {(WORLD, interval, seq): (SUM, True) for interval, seq in done}
+    ops |= {(WORLD, interval, seq): (SUM, False) for interval, seq in pending}
+    return RankReport(
+        fresh=fresh, commits=commits, donor=donor and not fresh, original=original,
+        groups={WORLD: list(range(ranks))}, ops=ops,
+    )  # fmt: skip
+
+
+FRESH = report(0, fresh=True, original=False)
+
+
+def test_a_newcomer_gets_the_state_and_the_results_of_the_step_in_flight():
+    plan = plan_recovery([report(5, [(5, 0)], [(5, 1)]), FRESH, report(5, [(5, 0)], [(5, 1)])])
+    assert (plan.commits, plan.donor, plan.state_to) == (5, 0, (1,))
+    assert [(t.name[1:], t.source, t.targets) for t in plan.results] == [((5, 0), 0, (1,))]
+
+
+def test_a_rank_one_step_behind_gets_results_and_no_state():
+    ahead, behind = report(6, [(5, 0), (5, 1)]), report(5, [(5, 0)], [(5, 1)])
+    plan = plan_recovery([behind, ahead, FRESH])
+    assert (plan.commits, plan.donor, plan.state_to) == (6, 1, (2,))
+    assert [(t.name[1:], t.targets) for t in plan.results] == [((5, 1), (0,))]
+
+
+def test_results_complete_out_of_order_and_come_from_whoever_holds_them():
+    plan = plan_recovery(
+        [report(5, [(5, 2)], [(5, 0), (5, 1)]), report(5, [(5, 0)], [(5, 1), (5, 2)]), FRESH]
+    )
+    assert [(t.name[2], t.source, t.targets) for t in plan.results] == [
+        (0, 1, (0, 2)),
+        (2, 0, (1, 2)),
+    ]
+
+
+def test_a_donor_that_has_begun_its_update_without_a_copy_is_passed_over():
+    plan = plan_recovery([report(5, donor=False), report(5), FRESH])
+    assert plan.donor == 1
+
+
+def test_without_any_donor_there_is_no_plan():
+    with pytest.raises(RecoveryError, match="no rank holds the state"):
+        plan_recovery([report(5, donor=False), FRESH, report(5, donor=False)])
+
+
+def test_without_survivors_there_is_no_plan():
+    with pytest.raises(RecoveryError, match="no rank survived"):
+        plan_recovery([FRESH, FRESH])
+
+
+def test_ranks_that_drifted_apart_are_refused():
+    with pytest.raises(RecoveryError, match="more than one step behind"):
+        plan_recovery([report(7), report(5), report(7)])
+
+
+def test_ranks_that_disagree_about_an_operation_are_told_which():
+    other = RankReport(
+        fresh=False, commits=5, donor=True, groups={WORLD: [0, 1]},
+        ops={(WORLD, 5, 0): ("broadcast(float32[8],0)", False)},
+    )  # fmt: skip
+    with pytest.raises(CollectiveError, match=r"rank 0 issued all_reduce.*rank 1 issued broadcast"):
+        plan_recovery([report(5, [(5, 0)]), other])
+
+
+def test_results_of_set_up_and_of_bucket_orders_go_to_newcomers_at_any_step():
+    order = bucket_order_interval(0)
+    survivor = report(9, [(SETUP, 0), (order, 0), (UNSHARED, 0), (8, 0)], ranks=2)
+    plan = plan_recovery([survivor, report(0, fresh=True, original=False, ranks=2)])
+    assert {t.name[1] for t in plan.results} == {SETUP, order}
+
+
+def test_the_bucket_order_is_given_by_a_rank_that_was_there_from_the_beginning():
+    replaced = report(1, original=False)
+    assert plan_recovery([FRESH, replaced, report(1)]).order_root == 2
+
+
+def test_a_re_formed_group_moves_nothing():
+    plan = plan_recovery([report(5, [(5, 0)]), report(5, [(5, 0)]), report(5, [(5, 0)])])
+    assert (plan.donor, plan.state_to, plan.results) == (None, (), ())
+
+
+def test_reports_survive_the_wire():
+    sent = report(5, [(5, 0)], [(5, 1)])
+    assert RankReport.from_record(json.loads(json.dumps(sent.to_record()))) == sent

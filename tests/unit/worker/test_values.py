@@ -1,0 +1,40 @@
+"""What stands for values that went down with a process, and for means not yet reduced."""
+
+import copy
+import math
+
+import pytest
+
+import trainonce
+from trainonce.worker.values import LOST, LazyMean, lost, outline, pack_value, unpack_value
+
+
+def test_lost_lets_logging_go_on():
+    assert math.isnan(float(LOST))
+    assert math.isnan(LOST.item())
+    assert f"{LOST:.3f}" == "nan"
+    assert list(LOST) == []
+    assert not LOST
+    assert trainonce.LOST is LOST
+    assert copy.deepcopy([LOST])[0] is LOST
+
+
+def test_a_lost_value_has_the_form_of_the_one_before():
+    loss, info = lost(outline((0.5, {"accuracy": 1.0, "ids": [1, 2]})))
+    assert loss is LOST
+    assert info == {"accuracy": LOST, "ids": LOST}
+
+
+def test_means_are_kept_by_their_place_and_old_ones_by_their_value():
+    new, old = LazyMean(1.0), LazyMean(2.0)
+    packed = pack_value({"new": new, "old": (old, 3)}, [new])
+    again = LazyMean(1.0)
+    assert unpack_value(packed, [again]) == {"new": again, "old": (2.0, 3)}
+
+
+def test_a_mean_shows_its_local_value_until_it_is_reduced():
+    mean = LazyMean(1.5)
+    assert float(mean) == 1.5
+    mean.resolve(lambda: 4.0)
+    assert f"{mean:.1f}" == "4.0"
+    assert mean.item() == pytest.approx(4.0)

@@ -405,10 +405,12 @@ class Runner:
 
     # ------------------------------------------------------------------ metrics
 
-    def count(self, tokens: int, flops: int) -> None:
+    def count(self, tokens: int, flops: int, peak_flops: int | None) -> None:
         """Add to what the open step has processed."""
         self._tokens += tokens
         self._flops += flops
+        if peak_flops is not None:
+            self.progress["peak_flops"] = peak_flops
 
     def mean(self, value: torch.Tensor | float) -> LazyMean:
         """Return the average of `value` over all ranks, reduced after the commit."""

@@ -16,7 +16,7 @@ from trainonce.errors import TrainOnceError
 from trainonce.wire.messages import Formed, PeerLost
 from trainonce.worker.inner import InnerGroup
 from trainonce.worker.oplog import SETUP, UNSHARED, BufferPool, GroupLog, Op, OpState
-from trainonce.worker.plan import Plan, RankReport, ResultTransfer, plan_recovery
+from trainonce.worker.plan import Donation, Plan, RankReport, ResultTransfer, plan_recovery
 from trainonce.worker.transfer import receive_tensors, send_tensors
 
 if TYPE_CHECKING:
@@ -63,12 +63,17 @@ class Host(Protocol):
         """Tell whether the state as of the last commit can be given now."""
         ...
 
-    def donate(self, inner: InnerGroup, targets: tuple[int, ...]) -> tuple[str, int]:
-        """Give the state; return its digest and the bytes sent."""
+    def donate(self, inner: InnerGroup, donation: Donation) -> tuple[str, int]:
+        """Give this rank's part of the state; return the digest of all parts and the bytes sent."""
         ...
 
-    def receive(self, inner: InnerGroup, donor: int, commits: int) -> tuple[str, int]:
+    def receive(self, inner: InnerGroup, donation: Donation, plan: Plan) -> tuple[str, int]:
         """Take the state; return its digest and the bytes received."""
+        ...
+
+    @property
+    def shards(self) -> list[str]:
+        """Shard key of each rank; empty where nothing is split, or not known yet."""
         ...
 
     def formed(self, message: Generation) -> None:
@@ -362,17 +367,17 @@ class Fabric:
                     for key, group in self._groups.items()
                     for interval, seq, signature, done in group.describe(intervals)
                 },
+                shards=[] if fresh else host.shards,
             )
 
     def _move_state(self, plan: Plan, inner: InnerGroup, host: Host) -> tuple[str, int]:
-        if plan.donor is None:
-            return "", 0
-        if self.rank == plan.donor:
-            host.fault_point("donate")
-            digest, _ = host.donate(inner, plan.state_to)
-            return digest, 0
-        if self.rank in plan.state_to:
-            return host.receive(inner, plan.donor, plan.commits)
+        for donation in plan.donations:
+            if self.rank in donation.sources:
+                host.fault_point("donate")
+                digest, _ = host.donate(inner, donation)
+                return digest, 0
+            if self.rank in donation.targets:
+                return host.receive(inner, donation, plan)
         return "", 0
 
     def _move_results(self, plan: Plan, inner: InnerGroup) -> tuple[list[tuple[GroupLog, Op]], int]:

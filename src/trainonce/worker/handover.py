@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainonce.errors import RecoveryError, TrainOnceError
+from trainonce.errors import RecoveryError, StateMismatchError, TrainOnceError
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
 from trainonce.worker.fabric import Superseded
 from trainonce.worker.mirror import Mirror
 from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.shards import stripe
 from trainonce.worker.spare import call_with_batch
-from trainonce.worker.transfer import receive_record, receive_state, send_record, send_state
+from trainonce.worker.transfer import (
+    agree_on_digest,
+    receive_parts,
+    receive_record,
+    send_record,
+    send_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from trainonce.worker.fabric import Fabric
     from trainonce.worker.inner import InnerGroup
     from trainonce.worker.oplog import GroupLog, Op
+    from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
 
 _POLL_S = 0.005
@@ -63,6 +71,11 @@ class Handover:
     def is_newcomer(self) -> bool:
         """Whether this process takes over a rank that others have trained with."""
         return self._newcomer
+
+    @property
+    def shards(self) -> list[str]:
+        """Shard key of each rank; empty where nothing is split."""
+        return self._runner.shards
 
     # ------------------------------------------------------------------ operations
 
@@ -135,20 +148,28 @@ class Handover:
             return True
         return not (runner.execution.stepped or runner.protected.parameters_changed())
 
-    def donate(self, inner: InnerGroup, targets: tuple[int, ...]) -> tuple[str, int]:
-        """Send the state as of the last commit."""
+    def donate(self, inner: InnerGroup, donation: Donation) -> tuple[str, int]:
+        """Send this rank's part of the state as of the last commit.
+
+        Returns:
+            Digest of all parts in the first of the sources, of this one in the others; bytes.
+        """
         runner = self._runner
         assert runner.protected is not None
         image = runner.image or runner.protected.live()
-        record = runner.protected.describe(image)
-        record["trained"] = list(self._trained.items())
-        record["profiles"] = runner.profiles.to_record()
-        record["started_at"] = runner.started_at
-        record["reduces_means"] = runner.reduces_means
-        record["poll"] = runner.durable.record() if runner.durable is not None else None
-        for target in targets:
-            send_record(inner, target, record)
-        return send_state(inner, targets, image.tensors)
+        place = donation.sources.index(runner.rank)
+        if place == 0:
+            record = runner.protected.describe(image)
+            record["trained"] = list(self._trained.items())
+            record["profiles"] = runner.profiles.to_record()
+            record["started_at"] = runner.started_at
+            record["reduces_means"] = runner.reduces_means
+            record["poll"] = runner.durable.record() if runner.durable is not None else None
+            for target in donation.targets:
+                send_record(inner, target, record)
+        part = stripe(image.tensors, place, len(donation.sources))
+        digest, size = send_state(inner, donation.targets, part)
+        return agree_on_digest(inner, donation.sources, place, digest), size
 
     def watch_passes(self, trained: dict[int, int]) -> None:
         """Count from now on the commits that train each DDP, beginning with `trained`.
@@ -183,14 +204,19 @@ class Handover:
             if superseded():
                 raise Superseded
 
-    def receive(self, inner: InnerGroup, donor: int, commits: int) -> tuple[str, int]:
+    def receive(self, inner: InnerGroup, donation: Donation, plan: Plan) -> tuple[str, int]:
         """Take the state over, and the local state that the rank left in its mirror."""
-        runner = self._runner
+        runner, commits = self._runner, plan.commits
         assert runner.protected is not None
         runner.injector.at("promotion", commits)
-        record = receive_record(inner, donor)
+        if plan.shards:
+            runner.split_state(list(plan.shards))
+            self._check_shard()
+        record = receive_record(inner, donation.sources[0])
         tensors = runner.protected.prepare(record)
-        result = receive_state(inner, donor, tensors)
+        count = len(donation.sources)
+        parts = [stripe(tensors, index, count) for index in range(count)]
+        result = receive_parts(inner, donation.sources, parts)
         found = runner.mirror.find(commits) if runner.mirror is not None else None
         if found is None:
             raise RecoveryError(
@@ -205,6 +231,16 @@ class Handover:
         if runner.durable is not None and record["poll"] is not None:
             runner.durable.restore(record["poll"])
         return result
+
+    def _check_shard(self) -> None:
+        runner = self._runner
+        assert runner.protected is not None
+        if runner.protected.shard_key(runner.rank) != runner.shards[runner.rank]:
+            raise StateMismatchError(
+                f"rank {runner.rank} splits its state differently than the process that held"
+                " this rank before",
+                hint="build the same model on a mesh of the same shape, whoever builds it",
+            )
 
     def adopt_mirror(self, fd: int) -> None:
         """Go on with the mirror of the process that held this rank."""

@@ -26,6 +26,8 @@ class RankReport:
         original: It has been there from the beginning, so its DDPs know their bucket order.
         groups: Group key to the global ranks of its members.
         ops: Name of each operation it knows to (signature, has a result).
+        shards: Shard key of each rank, as settled at `protect`; empty where nothing is split,
+            and in newcomers.
     """
 
     fresh: bool
@@ -34,6 +36,7 @@ class RankReport:
     original: bool = True
     groups: dict[str, list[int]] = field(default_factory=lambda: {})
     ops: dict[OpName, tuple[str, bool]] = field(default_factory=lambda: {})
+    shards: list[str] = field(default_factory=lambda: [])
 
     def to_record(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -44,6 +47,7 @@ class RankReport:
             "original": self.original,
             "groups": self.groups,
             "ops": [[*name, *value] for name, value in self.ops.items()],
+            "shards": self.shards,
         }
 
     @classmethod
@@ -60,7 +64,21 @@ class RankReport:
             original=record["original"],
             groups=record["groups"],
             ops=ops,
+            shards=record["shards"],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Donation:
+    """State of the last commit, from ranks that hold it to newcomers that are to hold the same.
+
+    Args:
+        sources: Each gives one part of it, in this order.
+        targets: Newcomers that get all of it.
+    """
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +97,15 @@ class Plan:
 
     Args:
         commits: Committed steps of the job; newcomers start from there.
-        donor: Rank that gives its state; None if nobody needs it.
-        state_to: Ranks that receive state.
+        donations: Who gives which newcomers their state.
+        shards: Shard key of each rank; empty where nothing is split.
         results: Logged results to hand over, in this order.
         order_root: Rank whose bucket order holds, where none was settled yet.
     """
 
     commits: int
-    donor: int | None
-    state_to: tuple[int, ...]
+    donations: tuple[Donation, ...]
+    shards: tuple[str, ...]
     results: tuple[ResultTransfer, ...]
     order_root: int
 
@@ -109,23 +127,50 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
             f"ranks {behind} are more than one step behind step {commits}",
             hint="collectives inside a step must be issued by every rank",
         )
-    fresh = tuple(rank for rank, report in enumerate(reports) if report.fresh)
-    donor = None
-    if fresh:
-        donors = [r for r in survivors if reports[r].commits == commits and reports[r].donor]
-        if not donors:
-            raise RecoveryError(
-                f"no rank holds the state as of step {commits} unchanged",
-                hint="a collective came after the update for the first time; the step is now"
-                " known to do so. run.mean(x) reduces metrics without this risk",
-            )
-        donor = donors[0]
+    shards = next((reports[r].shards for r in survivors if reports[r].shards), [])
     return Plan(
         commits=commits,
-        donor=donor,
-        state_to=fresh,
+        donations=_plan_donations(reports, commits, shards),
+        shards=tuple(shards),
         results=_plan_results(reports, commits),
         order_root=next((r for r in survivors if reports[r].original), survivors[0]),
+    )
+
+
+def _plan_donations(
+    reports: list[RankReport], commits: int, shards: list[str]
+) -> tuple[Donation, ...]:
+    newcomers: dict[str, list[int]] = {}
+    for rank, report in enumerate(reports):
+        if report.fresh:
+            newcomers.setdefault(shards[rank] if shards else "", []).append(rank)
+    donations: list[Donation] = []
+    for key, targets in newcomers.items():
+        alike = [
+            rank
+            for rank, report in enumerate(reports)
+            if not report.fresh and (not shards or shards[rank] == key)
+        ]
+        donors = [r for r in alike if reports[r].commits == commits and reports[r].donor]
+        if not donors:
+            raise _no_donor(targets, alike, commits)
+        # What everybody holds comes from one rank: the others need not stop for it.
+        donations.append(
+            Donation(sources=tuple(donors) if key else (donors[0],), targets=tuple(targets))
+        )
+    return tuple(donations)
+
+
+def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryError:
+    if not alike:
+        return RecoveryError(
+            f"no living rank holds the part of the state that ranks {targets} held",
+            hint="give the mesh a replicate axis, so that every shard has a second copy",
+        )
+    return RecoveryError(
+        f"no rank holds the state as of step {commits} unchanged",
+        hint="a collective came after the update for the first time; the step is now"
+        " known to do so. run.mean(x) reduces metrics without this risk",
     )
 
 

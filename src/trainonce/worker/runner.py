@@ -28,6 +28,7 @@ from trainonce.worker.gate import UpdateGate
 from trainonce.worker.kept import KeptValues, encode_unknown, join, split
 from trainonce.worker.loops import Loops
 from trainonce.worker.mirror import Mirror
+from trainonce.worker.shards import copy_holders
 from trainonce.worker.step import (
     Execution,
     StepProfiles,
@@ -44,7 +45,7 @@ from trainonce.worker.values import (
 from trainonce.worker.verify import compare_replicas
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from trainonce.wire.progress import Progress
     from trainonce.worker.cursor import Position
@@ -108,6 +109,8 @@ class Runner:
         self.mirror: Mirror | None = None
         self.durable: Durable | None = None
         self.verify_every = 0
+        self.copy_holders: Collection[int] = _HOLDERS
+        self.shards: list[str] = []
         self.started_at = 0
         self.drain_requested = threading.Event()
         self.prepare: Callable[[], None] = lambda: None
@@ -134,7 +137,7 @@ class Runner:
         return self.execution is not None
 
     def _parameters(self) -> list[torch.Tensor]:
-        return [] if self.protected is None else [t for _, t in self.protected.parameters()]
+        return [] if self.protected is None else self.protected.local_parameters()
 
     # ------------------------------------------------------------------ before the first step
 
@@ -144,6 +147,15 @@ class Runner:
         for optimizer in protected.optimizers.values():
             optimizer.register_step_pre_hook(lambda *_: self._before_update())
             optimizer.register_step_post_hook(lambda *_: self.injector.at("updated"))
+
+    def split_state(self, shards: list[str]) -> None:
+        """Take note that the state is split.
+
+        Args:
+            shards: Shard key by rank.
+        """
+        self.shards = shards
+        self.copy_holders = copy_holders(shards, len(_HOLDERS))
 
     def enter(self) -> None:
         """Leave set-up, before the first loop or step; a spare waits here for a rank."""
@@ -256,6 +268,8 @@ class Runner:
         self.injector.at("reduced")
         if not execution.stepped:
             if self.fabric is not None and self.fabric.has_subgroups:
+                # No rank may commit while another still needs an operation of this step.
+                self.fabric.drain_pending()
                 self.barrier()
             if execution.profile.kind is UpdateKind.PLAIN:
                 self._publish_together(execution)
@@ -277,7 +291,8 @@ class Runner:
             return value
         if self.fabric is not None and self.world_size > 1:
             # Bounds how far ranks drift apart, and lets the log of the step before go.
-            if self.fabric.has_subgroups or not self.fabric.spanned():
+            early = execution.stepped and execution.kind is UpdateKind.PLAIN
+            if (self.fabric.has_subgroups and not early) or not self.fabric.spanned():
                 self.barrier()
             self._publish_together(execution)
         self.gate.begin_update()
@@ -349,7 +364,9 @@ class Runner:
         # Not within the gate, which a recovery needs while this waits for others. A newcomer
         # that gets state in the middle of a repair goes through the same repair afterwards.
         differ = compare_replicas(
-            self.protected.replicated(), step=self.commits, world_size=self.world_size
+            self.protected.replicated(),
+            step=self.commits,
+            shards=self.shards or [""] * self.world_size,
         )
         if differ is None or self.rank != 0:
             return
@@ -384,7 +401,7 @@ class Runner:
         dist.barrier()
 
     def _holds_copies(self) -> bool:
-        return self.fabric is not None and self.world_size > 1 and self.rank in _HOLDERS
+        return self.fabric is not None and self.world_size > 1 and self.rank in self.copy_holders
 
     # ------------------------------------------------------------------ metrics
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from trainonce import settings
 from trainonce.errors import ConfigError, StateMismatchError
-from trainonce.wire.messages import Done, Failed
+from trainonce.wire.messages import Done, Failed, Note
 from trainonce.wire.progress import Phase, Progress
 from trainonce.worker import spare
 from trainonce.worker.data import StatefulLoader, adapt_loader
@@ -27,6 +27,7 @@ from trainonce.worker.handover import Handover
 from trainonce.worker.link import Link
 from trainonce.worker.loader import ShardedLoader
 from trainonce.worker.runner import Runner, leave
+from trainonce.worker.shards import describe_copies
 from trainonce.worker.spare import Promotion
 from trainonce.worker.state import Protected
 from trainonce.worker.step import Step
@@ -325,26 +326,36 @@ class Run:
     def _compare_layouts(self, layout: list[str]) -> None:
         """Tell ranks that registered different things what differs."""
         handover = self._handover
-        if self._world_size == 1 or (handover is not None and handover.is_newcomer):
+        if handover is not None and handover.is_newcomer:
             return
+        if self._world_size == 1:
+            return
+        protected = self._runner.protected
+        assert protected is not None
         everywhere: list[Any] = [None] * self._world_size
         if handover is not None:
             handover.private = True
         try:
-            mine = (layout, self._fabric is not None and self._fabric.has_subgroups)
+            subgroups = self._fabric is not None and self._fabric.has_subgroups
+            mine = (layout, subgroups, protected.shard_key(self._promotion.rank))
             dist.all_gather_object(everywhere, mine)
         finally:
             if handover is not None:
                 handover.private = False
         if self._fabric is not None:
-            self._fabric.subgroups_elsewhere = any(subgroups for _, subgroups in everywhere)
-        for other, (theirs, _) in enumerate(everywhere):
+            self._fabric.subgroups_elsewhere = any(subgroups for _, subgroups, _ in everywhere)
+        for other, (theirs, _, _) in enumerate(everywhere):
             for different in set(layout).symmetric_difference(theirs):
                 raise StateMismatchError(
                     f"ranks {self._promotion.rank} and {other} registered different state:"
                     f" {different}",
                     hint="build the same model and optimizer on every rank before run.protect",
                 )
+        shards = [key for _, _, key in everywhere]
+        if any(shards):
+            self._runner.split_state(shards)
+            if self._promotion.rank == 0:
+                self._runner.notify(Note(key="copies", text=describe_copies(shards)))
 
     def _source(self, loader: Any) -> Any:
         # The loader is kept with its source: an id may be used again once its object is gone.

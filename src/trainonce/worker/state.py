@@ -5,6 +5,9 @@ equal on all ranks between commits: a newcomer gets them from a donor. *Small* s
 (`param_groups`, schedulers, scalers, anything with a `state_dict`) is replicated too, but
 user code may change it between steps, so a copy is taken at every commit. *Local* buffers,
 those that forward passes change, differ by rank and go to the mirror.
+
+Of a tensor that is split between ranks (a DTensor) each rank keeps, gives and takes its local
+part; `shards` tells which ranks hold the same one.
 """
 
 from __future__ import annotations
@@ -21,6 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainonce.errors import ConfigError, StateError, StateMismatchError
 from trainonce.wire import encoding
+from trainonce.worker.shards import describe_split, restore_split, shard_key, split_text
+from trainonce.worker.torch_private import (
+    local_of,
+    shards_parameters,
+    unreduced_gradients,
+    version_of,
+)
 from trainonce.worker.transfer import Digest, as_bytes
 
 if TYPE_CHECKING:
@@ -70,6 +80,7 @@ class Protected:
             for key, buffer in module.named_buffers()
         )
         self._local = _running_statistics(self.modules)
+        self._sharding = [each for each in self.modules.values() if shards_parameters(each)]
         self._small: dict[str, Any] = {}
         self._parameter_versions = self._versions(self._parameters)
         self._old_gradients = self._gradients()
@@ -104,16 +115,25 @@ class Protected:
     def layout(self) -> list[str]:
         """Return a line per registered tensor and object; equal on all ranks."""
         lines = [
-            f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+            f"{name}: {str(t.dtype).removeprefix('torch.')}{split_text(t)}"
             for name, t in (*self._parameters, *self._buffers)
         ]
         lines += [f"{name}: {type(o).__name__}" for name, o in self.optimizers.items()]
         return lines + [f"{name}: {type(o).__name__}" for name, o in self.stateful.items()]
 
+    def shard_key(self, rank: int) -> str:
+        """Return what identifies the part of the state that this rank holds; empty for all."""
+        tensors = (*self._parameters, *self._buffers)
+        return shard_key(tensors, self.optimizers.values(), rank)
+
     def replicated(self) -> Named:
-        """Return the replicated tensors, live, in the same order on every rank."""
+        """Return the replicated tensors, live, in the same order on every rank.
+
+        Of split tensors the local part: replicated on the ranks with the same shard key.
+        """
         shared = [(name, t) for name, t in self._buffers if name not in self._local]
-        return [*self._parameters, *shared, *self._optimizer_tensors()]
+        everything = (*self._parameters, *shared, *self._optimizer_tensors())
+        return [(name, local_of(tensor)) for name, tensor in everything]
 
     def num_bytes(self) -> int:
         """Return the size of the replicated tensors."""
@@ -122,6 +142,10 @@ class Protected:
     def parameters(self) -> Named:
         """Return the parameters of all registered modules, each once."""
         return list(self._parameters)
+
+    def local_parameters(self) -> list[torch.Tensor]:
+        """Return what this rank holds of each parameter."""
+        return [local_of(parameter) for _, parameter in self._parameters]
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, optimizer in self.optimizers.items():
@@ -144,7 +168,7 @@ class Protected:
 
     @staticmethod
     def _versions(tensors: Named) -> list[int]:
-        return [tensor._version for _, tensor in tensors]
+        return [version_of(tensor) for _, tensor in tensors]
 
     def parameters_changed(self) -> bool:
         """Tell whether a parameter was written to since the last commit."""
@@ -152,7 +176,7 @@ class Protected:
 
     def _gradients(self) -> list[tuple[weakref.ref[torch.Tensor], int] | None]:
         found = [parameter.grad for _, parameter in self._parameters]
-        return [None if grad is None else (weakref.ref(grad), grad._version) for grad in found]
+        return [None if grad is None else (weakref.ref(grad), version_of(grad)) for grad in found]
 
     def gradients_wait(self) -> bool:
         """Tell whether there are gradients that came after the last commit.
@@ -164,9 +188,9 @@ class Protected:
             grad = parameter.grad
             if grad is None:
                 continue
-            if old is None or old[0]() is not grad or old[1] != grad._version:
+            if old is None or old[0]() is not grad or old[1] != version_of(grad):
                 return True
-        return False
+        return any(unreduced_gradients(module) for module in self._sharding)
 
     def check_unchanged(self) -> None:
         """Raise if parameters were changed outside a step.
@@ -200,7 +224,7 @@ class Protected:
 
     def local_buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers that differ by rank, live."""
-        return {name: buffer for name, buffer in self._buffers if name in self._local}
+        return {name: local_of(buffer) for name, buffer in self._buffers if name in self._local}
 
     def load_local_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
         """Write `values` into the buffers of those names."""
@@ -208,7 +232,7 @@ class Protected:
         self._local.update(values)
         with torch.no_grad():
             for name, value in values.items():
-                buffers[name].copy_(value)
+                local_of(buffers[name]).copy_(value)
 
     # ------------------------------------------------------------------ commit
 
@@ -236,11 +260,13 @@ class Protected:
         small = encoding.encode(
             {**self._small, "scalars": image.scalars, "local": sorted(self._local)}
         )
+        splits = {name: describe_split(t) for name, t in self._optimizer_tensors()}
         return {
             "layout": [
                 [name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
                 for name, t in image.tensors
             ],
+            "splits": {name: split for name, split in splits.items() if split is not None},
             "small": base64.b64encode(small).decode(),
         }
 
@@ -256,13 +282,14 @@ class Protected:
         self._local = set(small["local"])
         self.load_small(small)
         self._load_scalars(small["scalars"])
-        mine = dict((*self._parameters, *self._buffers))
+        mine = {name: local_of(tensor) for name, tensor in (*self._parameters, *self._buffers)}
         found: Named = []
         for name, dtype_name, shape, device in record["layout"]:
             dtype = getattr(torch, dtype_name)
             tensor = mine.get(name)
             if tensor is None and "/" in name:
-                tensor = self._optimizer_slot(name, dtype, shape, device)
+                split = record["splits"].get(name)
+                tensor = self._optimizer_slot(name, dtype, shape, device, split)
             if tensor is None or tensor.dtype != dtype or list(tensor.shape) != shape:
                 here = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise StateMismatchError(
@@ -292,7 +319,12 @@ class Protected:
                 tensor.copy_(present[name])
 
     def _optimizer_slot(
-        self, name: str, dtype: torch.dtype, shape: list[int], device: str
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: list[int],
+        device: str,
+        split: dict[str, Any] | None,
     ) -> torch.Tensor | None:
         owner, index, key = name.rsplit("/", 2)
         optimizer = self.optimizers.get(owner)
@@ -302,11 +334,13 @@ class Protected:
         parameter = parameters[int(index)]
         warm = self._warm.get(parameter, {}).pop(key, None)
         present = optimizer.state[parameter].get(key, warm)
-        if present is None or present.dtype != dtype or list(present.shape) != shape:
+        local = None if present is None else local_of(present)
+        if local is None or local.dtype != dtype or list(local.shape) != shape:
             place = parameter.device if device != "cpu" else torch.device("cpu")
-            present = torch.empty(shape, dtype=dtype, device=place)
+            local = torch.empty(shape, dtype=dtype, device=place)
+            present = restore_split(local, split, parameter)
         optimizer.state[parameter][key] = present
-        return present
+        return local
 
     def load_small(self, small: dict[str, Any]) -> None:
         """Load what `copy_small` returned."""

@@ -1,0 +1,133 @@
+"""A small model under FSDP2 on a mesh, in the ways people train it; under any launcher.
+
+Called as `sharded.py WAY AXIS:SIZE…`, such as `sharded.py plain rep:2 shard:2`.
+"""
+
+import argparse
+import faulthandler
+import functools
+
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+import trainonce
+from trainonce.testing import record, state_digests
+
+WIDTH = 16
+STEPS = 14
+
+torch.set_num_threads(1)
+faulthandler.dump_traceback_later(150)
+parser = argparse.ArgumentParser()
+parser.add_argument("way")
+parser.add_argument("axes", nargs="+")
+parser.add_argument("--shadow-every", type=int, default=None)
+arguments = parser.parse_args()
+way = arguments.way
+axes = dict(each.split(":") for each in arguments.axes)
+
+
+class Block(torch.nn.Module):
+    """Width in, width out; dropout and running statistics make ranks differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(WIDTH)
+        self.up = torch.nn.Linear(WIDTH, 2 * WIDTH + 1)  # splits unevenly
+        self.down = torch.nn.Linear(2 * WIDTH + 1, WIDTH)
+        self.dropout = torch.nn.Dropout(0.1)
+
+    def forward(self, x):
+        """Take and give [samples, WIDTH]."""
+        return x + self.dropout(self.down(torch.nn.functional.gelu(self.up(self.norm(x)))))
+
+
+run = trainonce.init(seed=3)
+torch.manual_seed(0)
+mesh = init_device_mesh(
+    "cpu", tuple(int(size) for size in axes.values()), mesh_dim_names=tuple(axes)
+)
+model = torch.nn.Sequential(
+    torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH), Block(), Block(),
+    torch.nn.Linear(WIDTH, 1),
+)  # fmt: skip
+options = {"mesh": mesh}
+if way == "mixed":
+    options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+if way == "offload":
+    options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+if way == "recompute":
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+if way == "compiled":
+    for index in (2, 3):
+        model[index].compile(backend="aot_eager")
+for index in (2, 3):
+    fully_shard(model[index], **options)
+fully_shard(model, **options)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=way != "mixed")
+schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+extra = {} if arguments.shadow_every is None else {"shadow_every": arguments.shadow_every}
+run.protect(model=model, optimizer=optimizer, schedule=schedule, **extra)
+
+
+def loss_of(step):
+    generator = torch.Generator().manual_seed(1000 * step + run.rank)
+    x = torch.randn(6, WIDTH, generator=generator)
+    return ((model(x).float() - x.sum(dim=1, keepdim=True).sin()) ** 2).mean()
+
+
+def update():
+    if way in ("plain", "clipping", "accumulate"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+@run.step
+def train(step):
+    if way == "accumulate":
+        for micro in range(3):
+            model.set_requires_gradient_sync(micro == 2)
+            loss = loss_of(3 * step + micro) / 3
+            loss.backward()
+    else:
+        loss = loss_of(step)
+        loss.backward()
+    update()
+    return loss.detach()
+
+
+@run.step
+def train_across(step):
+    """Each call is one micro-batch; every third one updates."""
+    last = step % 3 == 2
+    model.set_requires_gradient_sync(last)
+    (loss_of(step) / 3).backward()
+    if last:
+        update()
+
+
+function = train_across if way == "across" else train
+for step in range(STEPS if way != "across" else 3 * STEPS):
+    function(step)
+
+
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+state = [
+    {key: local(value) for key, value in optimizer.state[parameter].items()}
+    for parameter in model.parameters()
+]
+record(
+    run.rank,
+    state=state_digests(
+        parameters={name: local(each) for name, each in model.named_parameters()},
+        buffers=dict(model.named_buffers()), optimizer=state, schedule=schedule,
+    ),
+    steps=run.step_index,
+)  # fmt: skip

@@ -273,6 +273,9 @@ class Runner:
                 self.barrier()
             if execution.profile.kind is UpdateKind.PLAIN:
                 self._publish_together(execution)
+                if self.fabric is not None:
+                    # What is in flight may need a recovery to complete, and that the gate.
+                    self.fabric.drain_pending()
                 self.gate.begin_update()
             elif execution.profile.kind is UpdateKind.LATE and self._holds_copies():
                 self.image = self.protected.image()
@@ -412,7 +415,8 @@ class Runner:
 
     def mean(self, value: torch.Tensor | float) -> LazyMean:
         """Return the average of `value` over all ranks, reduced after the commit."""
-        mean = LazyMean(float(value))
+        local = value.detach() if isinstance(value, torch.Tensor) else value
+        mean = LazyMean(float(local))
         if self.execution is None:
             if self.rehearsing:
                 return mean

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from trainonce.checkpoint.saver import AsyncSaver, young_interval_s
 from trainonce.checkpoint.store import CheckpointStore
+from trainonce.checkpoint.tensors import is_mine_to_write
 from trainonce.errors import CheckpointError
 from trainonce.wire.messages import Note, Report
 
@@ -178,13 +179,11 @@ class Durable:
         runner = self._runner
         protected = runner.protected
         assert protected is not None
-        state, tree = None, b""
-        names: list[str] = []
-        if runner.rank == 0:
-            image = protected.live()
-            state = dict(image.tensors)
-            tree = json.dumps(protected.describe(image)).encode()
-            names = [name for name, _ in protected.parameters()]
+        whole = protected.whole()
+        mine = {name: t for name, t in whole.items() if is_mine_to_write(t, runner.rank)}
+        names = [name for name, _ in protected.parameters()]
+        first = runner.rank == 0
+        tree = json.dumps(protected.describe_whole()).encode() if first else b""
         dtype = self._settings.parameter_dtype
         try:
             self._saver.save(
@@ -193,7 +192,8 @@ class Durable:
                 world_size=runner.world_size,
                 nonce=f"{os.environ.get('TRAINONCE_JOB', 'solo')}-{self._next_poll}",
                 rank_payload=runner.last_payload,
-                state=state,
+                state=mine if first else None,
+                part=None if first else mine,
                 tree=tree,
                 model_names=names,
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
@@ -234,7 +234,7 @@ class Durable:
         if info is None:
             return None
         tree = json.loads(store.load(info, verify=False).tree)
-        loaded = store.load(info, dict(protected.prepare(tree)), verify=False)
+        loaded = store.load(info, protected.prepare_whole(tree), verify=False)
         # A rank that the saved job did not have begins with rank 0's local state.
         payload = loaded.rank_payload(runner.rank) or loaded.rank_payload(0)
         if payload is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainonce.errors import TrainOnceError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 WORLD = "world"
+_POLL_S = 0.002
 
 
 class Superseded(Exception):
@@ -327,36 +329,64 @@ class Fabric:
             self._resume(message, inner)
             host.formed(message)
             return None  # the launcher waits for `Ready`
-        with host.frozen(lambda: self._is_superseded(message)):
-            self._check(message)
-            report = self._report(host, fresh=newcomer)
-            gathered = inner.gather_bytes(json.dumps(report.to_record()).encode())
-            reports = [RankReport.from_record(json.loads(one)) for one in gathered]
-            plan = plan_recovery(reports)
-            self.subgroups_elsewhere |= any(
-                len(ranks) < len(reports) for each in reports for ranks in each.groups.values()
-            )
-            self.order_root = plan.order_root
-            completed, received_bytes = self._move_results(plan, inner)
-            self._replayable.set()
-            if newcomer:
-                # Its script runs on through set-up, served from the log, to where it restores.
-                host.wait_restorable(lambda: self._is_superseded(message))
-            digest, moved = self._move_state(plan, inner, host)
-            inner.barrier()
-            self._check(message)
-            formed = Formed(
-                generation=message.generation,
-                step=plan.commits,
-                recompute=int(newcomer),
-                bytes_moved=moved + received_bytes,
-                digest=digest,
-            )
-            self._resume(message, inner)
-            host.formed(message)
-        for group, op in completed:
-            self._finish(group, op)
+        received_bytes = 0
+        formed: Formed | None = None
+        while formed is None:
+            with host.frozen(lambda: self._is_superseded(message)):
+                self._check(message)
+                plan = self._agree(host, inner, fresh=newcomer)
+                completed, moved = self._move_results(plan, inner)
+                received_bytes += moved
+                if not plan.catch_up:
+                    formed = self._hand_over(message, inner, plan, received_bytes)
+            for group, op in completed:
+                self._finish(group, op)
+            if self.rank in plan.catch_up:
+                self._wait_commits(message, plan.commits)
         return formed
+
+    def _agree(self, host: Host, inner: InnerGroup, *, fresh: bool) -> Plan:
+        """Exchange what each rank has, and return what is to be done about it."""
+        report = self._report(host, fresh=fresh)
+        gathered = inner.gather_bytes(json.dumps(report.to_record()).encode())
+        reports = [RankReport.from_record(json.loads(one)) for one in gathered]
+        self.subgroups_elsewhere |= any(
+            len(ranks) < len(reports) for each in reports for ranks in each.groups.values()
+        )
+        plan = plan_recovery(reports)
+        self.order_root = plan.order_root
+        return plan
+
+    def _hand_over(
+        self, message: Generation, inner: InnerGroup, plan: Plan, received_bytes: int
+    ) -> Formed:
+        """Move state, and go on in the new generation. Updates are held back."""
+        assert self.host is not None
+        host = self.host
+        newcomer = message.rank in message.newcomers
+        self._replayable.set()
+        if newcomer:
+            # Its script runs on through set-up, served from the log, to where it restores.
+            host.wait_restorable(lambda: self._is_superseded(message))
+        digest, moved = self._move_state(plan, inner, host)
+        inner.barrier()
+        self._check(message)
+        formed = Formed(
+            generation=message.generation,
+            step=plan.commits,
+            recompute=int(newcomer),
+            bytes_moved=moved + received_bytes,
+            digest=digest,
+        )
+        self._resume(message, inner)
+        host.formed(message)
+        return formed
+
+    def _wait_commits(self, message: Generation, commits: int) -> None:
+        """Wait until this rank has committed so many steps, for which it has all results."""
+        while self.commits < commits:
+            self._check(message)
+            time.sleep(_POLL_S)
 
     def _report(self, host: Host, *, fresh: bool) -> RankReport:
         with self.lock:

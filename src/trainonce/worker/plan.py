@@ -106,6 +106,7 @@ class Plan:
     commits: int
     donations: tuple[Donation, ...]
     shards: tuple[str, ...]
+    catch_up: tuple[int, ...] = ()
     results: tuple[ResultTransfer, ...]
     order_root: int
 
@@ -128,13 +129,28 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
             hint="collectives inside a step must be issued by every rank",
         )
     shards = next((reports[r].shards for r in survivors if reports[r].shards), [])
+    catch_up = _find_laggards(reports, commits, shards)
+    served = survivors if catch_up else list(range(len(reports)))
     return Plan(
         commits=commits,
-        donations=_plan_donations(reports, commits, shards),
+        donations=() if catch_up else _plan_donations(reports, commits, shards),
         shards=tuple(shards),
-        results=_plan_results(reports, commits),
+        catch_up=catch_up,
+        results=_plan_results(reports, commits, served),
         order_root=next((r for r in survivors if reports[r].original), survivors[0]),
     )
+
+
+def _find_laggards(reports: list[RankReport], commits: int, shards: list[str]) -> tuple[int, ...]:
+    """Return the ranks one step behind that alone hold what a newcomer needs."""
+    if not shards:
+        return ()
+    found: set[int] = set()
+    for key in {shards[rank] for rank, report in enumerate(reports) if report.fresh}:
+        alike = [r for r, each in enumerate(reports) if not each.fresh and shards[r] == key]
+        if alike and all(reports[r].commits < commits for r in alike):
+            found.update(alike)
+    return tuple(sorted(found))
 
 
 def _plan_donations(
@@ -174,7 +190,9 @@ def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryErr
     )
 
 
-def _plan_results(reports: list[RankReport], commits: int) -> tuple[ResultTransfer, ...]:
+def _plan_results(
+    reports: list[RankReport], commits: int, served: list[int]
+) -> tuple[ResultTransfer, ...]:
     groups: dict[str, list[int]] = {}
     known: dict[OpName, tuple[str, int]] = {}
     holders: dict[OpName, list[int]] = {}
@@ -196,7 +214,9 @@ def _plan_results(reports: list[RankReport], commits: int) -> tuple[ResultTransf
         targets = tuple(
             rank
             for rank in groups[group]
-            if rank not in holders[name] and _wants(reports[rank], interval, commits)
+            if rank in served
+            and rank not in holders[name]
+            and _wants(reports[rank], interval, commits)
         )
         if targets:
             transfers.append(

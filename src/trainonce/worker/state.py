@@ -299,6 +299,54 @@ class Protected:
             found.append((name, tensor))
         return found
 
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Return the replicated tensors by name, live; split ones as DTensors."""
+        shared = [(name, t) for name, t in self._buffers if name not in self._local]
+        return dict((*self._parameters, *shared, *self._optimizer_tensors()))
+
+    def describe_whole(self) -> dict[str, Any]:
+        """Return what is needed beside the bytes of `whole`, on whatever mesh they are read."""
+        record = self.describe(self.live())
+        tensors = self.whole()
+        for entry in record["layout"]:
+            entry[2] = list(tensors[entry[0]].shape)
+        return record
+
+    def prepare_whole(self, record: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the tensors to read into, as `describe_whole` listed them on some mesh.
+
+        Loads the small state on the way. Missing optimizer state is allocated: where it is as
+        large as its parameter, it is split as the parameter is here.
+
+        Raises:
+            StateMismatchError: There are other tensors in this process.
+        """
+        here = {name: t for name, t in (*self._parameters, *self._buffers)}
+        layout: list[list[Any]] = []
+        splits: dict[str, Any] = {}
+        for name, dtype, shape, device in record["layout"]:
+            parameter = self._parameter_of(name) if name not in here else here[name]
+            split = describe_split(parameter) if parameter is not None else None
+            local = shape
+            if parameter is not None and split and list(parameter.shape) == shape:
+                local, splits[name] = list(local_of(parameter).shape), split
+            elif parameter is not None and split and name in record["splits"]:
+                raise StateMismatchError(
+                    f"{name} has shape {shape}, its parameter {list(parameter.shape)}: it cannot"
+                    " be split for another mesh",
+                    hint="resume on the mesh that the checkpoint was written on",
+                )
+            layout.append([name, dtype, local, device])
+        self.prepare({**record, "layout": layout, "splits": splits})
+        everything = self.whole()
+        return {entry[0]: everything[entry[0]] for entry in layout}
+
+    def _parameter_of(self, name: str) -> torch.Tensor | None:
+        """Return the parameter that optimizer state of this name belongs to."""
+        owner, index, _ = name.rsplit("/", 2) if name.count("/") >= 2 else ("", "", "")
+        parameters = _parameters_of(self.optimizers[owner]) if owner in self.optimizers else []
+        return parameters[int(index)] if index and int(index) < len(parameters) else None
+
     def copy_small(self) -> dict[str, Any]:
         """Return a copy of the small state as it is now."""
         return {

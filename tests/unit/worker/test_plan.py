@@ -115,6 +115,17 @@ def test_a_shard_that_nobody_holds_any_more_is_named():
         plan_recovery([alive, dead, alive, dead])
 
 
+def test_a_rank_that_alone_holds_a_shard_commits_first_where_it_lags_behind():
+    table = ["a", "b", "a", "b"]
+    ahead = report(6, [(5, 0), (5, 1)], ranks=4, shards=table)
+    behind = report(5, [(5, 0)], [(5, 1)], ranks=4, shards=table)
+    plan = plan_recovery([ahead, report(0, fresh=True, ranks=4), ahead, behind])
+    assert (plan.catch_up, plan.donations) == ((3,), ())
+    assert [(t.name[1:], t.targets) for t in plan.results] == [((5, 1), (3,))]
+    plan = plan_recovery([ahead, report(0, fresh=True, ranks=4), ahead, ahead])
+    assert (plan.catch_up, donations(plan)) == ((), [((3,), (1,))])
+
+
 def test_reports_survive_the_wire():
     sent = report(5, [(5, 0)], [(5, 1)], shards=["a", "b", "a"])
     assert RankReport.from_record(json.loads(json.dumps(sent.to_record()))) == sent

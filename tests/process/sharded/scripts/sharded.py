@@ -16,7 +16,6 @@ import trainonce
 from trainonce.testing import record, state_digests
 
 WIDTH = 16
-STEPS = 14
 
 torch.set_num_threads(1)
 faulthandler.dump_traceback_later(150)
@@ -24,6 +23,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("way")
 parser.add_argument("axes", nargs="+")
 parser.add_argument("--shadow-every", type=int, default=None)
+parser.add_argument("--steps", type=int, default=14)
 arguments = parser.parse_args()
 way = arguments.way
 axes = dict(each.split(":") for each in arguments.axes)
@@ -111,7 +111,7 @@ def train_across(step):
 
 
 function = train_across if way == "across" else train
-for step in range(STEPS if way != "across" else 3 * STEPS):
+for step in range(arguments.steps if way != "across" else 3 * arguments.steps):
     function(step)
 
 
@@ -119,15 +119,24 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-state = [
-    {key: local(value) for key, value in optimizer.state[parameter].items()}
-    for parameter in model.parameters()
-]
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def digests(part):
+    state = [
+        {key: part(value) for key, value in optimizer.state[parameter].items()}
+        for parameter in model.parameters()
+    ]
+    return state_digests(
+        parameters={name: part(each) for name, each in model.named_parameters()},
+        optimizer=state, schedule=schedule,
+    )  # fmt: skip
+
+
 record(
     run.rank,
-    state=state_digests(
-        parameters={name: local(each) for name, each in model.named_parameters()},
-        buffers=dict(model.named_buffers()), optimizer=state, schedule=schedule,
-    ),
+    state={**digests(local), **state_digests(buffers=dict(model.named_buffers()))},
+    whole=digests(whole),
     steps=run.step_index,
-)  # fmt: skip
+)

@@ -12,7 +12,6 @@ from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
 from trainonce.worker.fabric import Superseded
-from trainonce.worker.mirror import Mirror
 from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
 from trainonce.worker.shards import stripe
 from trainonce.worker.spare import call_with_batch
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from trainonce.worker.oplog import GroupLog, Op
     from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
+    from trainonce.worker.state import Image
 
 _POLL_S = 0.005
 # Commits after which a DDP, one with a static graph included, settles its buckets.
@@ -159,17 +159,25 @@ class Handover:
         image = runner.image or runner.protected.live()
         place = donation.sources.index(runner.rank)
         if place == 0:
-            record = runner.protected.describe(image)
-            record["trained"] = list(self._trained.items())
-            record["profiles"] = runner.profiles.to_record()
-            record["started_at"] = runner.started_at
-            record["reduces_means"] = runner.reduces_means
-            record["poll"] = runner.durable.record() if runner.durable is not None else None
+            record = self.describe(image)
             for target in donation.targets:
                 send_record(inner, target, record)
         part = stripe(image.tensors, place, len(donation.sources))
         digest, size = send_state(inner, donation.targets, part)
         return agree_on_digest(inner, donation.sources, place, digest), size
+
+    def describe(self, image: Image) -> dict[str, Any]:
+        """Return all that a successor needs beside the bytes of `image`, as plain values."""
+        runner = self._runner
+        assert runner.protected is not None
+        return {
+            **runner.protected.describe(image),
+            "trained": list(self._trained.items()),
+            "profiles": runner.profiles.to_record(),
+            "started_at": runner.started_at,
+            "reduces_means": runner.means.reduced(runner.commits),
+            "poll": runner.durable.record() if runner.durable is not None else None,
+        }
 
     def watch_passes(self, trained: dict[int, int]) -> None:
         """Count from now on the commits that train each DDP, beginning with `trained`.
@@ -217,15 +225,15 @@ class Handover:
         count = len(donation.sources)
         parts = [stripe(tensors, index, count) for index in range(count)]
         result = receive_parts(inner, donation.sources, parts)
-        found = runner.mirror.find(commits) if runner.mirror is not None else None
-        if found is None:
+        payload = runner.local.find(commits)
+        if payload is None:
             raise RecoveryError(
                 f"the local state of rank {runner.rank} at step {commits} went down with it",
                 hint="this happens if a step issues fewer collectives than ever before",
             )
-        runner.restore_record(found.payload)
+        runner.restore_record(payload, commits)
         runner.begin_at(commits, started_at=record["started_at"])
-        runner.expect_means(record["reduces_means"])
+        runner.means.expect(record["reduces_means"], commits)
         runner.profiles.load(record["profiles"])
         self.watch_passes(dict(record["trained"]))
         if runner.durable is not None and record["poll"] is not None:
@@ -244,7 +252,7 @@ class Handover:
 
     def adopt_mirror(self, fd: int) -> None:
         """Go on with the mirror of the process that held this rank."""
-        self._runner.mirror = Mirror(fd)
+        self._runner.local.adopt_mirror(fd)
 
     def formed(self, message: Generation) -> None:
         """Let the script go on."""
@@ -267,7 +275,7 @@ class Handover:
         self._formed.wait()
         self._newcomer = False
         self._adopt_buckets(rehearsed=rehearsed > 0)
-        runner.reduce_means()
+        runner.means.reduce(runner.commits)
         runner.follow_up()
 
     def _adopt_buckets(self, *, rehearsed: bool) -> None:

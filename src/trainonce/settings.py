@@ -27,6 +27,9 @@ PROJECT = EnvVar("TRAINONCE_PROJECT", "project tag under which the ledger books 
 PRECISION = EnvVar("TRAINONCE_PRECISION", "default precision lever for a whole cluster")
 
 # Set by the launcher for its workers; users do not set these.
+REDUNDANCY = EnvVar(
+    "TRAINONCE_REQUIRE_REDUNDANCY", "set by the launcher: further copies that all state must have"
+)
 JOB = EnvVar("TRAINONCE_JOB", "set by the launcher: id of the job")
 WORKER = EnvVar("TRAINONCE_WORKER", "set by the launcher: id of this worker within the job")
 CONTROL_FD = EnvVar("TRAINONCE_CONTROL_FD", "set by the launcher: socket to the controller")
@@ -35,7 +38,10 @@ SPARE = EnvVar("TRAINONCE_SPARE", "set by the launcher: 1 in a worker that holds
 
 TEST_RECORDS = EnvVar("TRAINONCE_TEST_RECORDS", "set by trainonce.testing: folder for records")
 
-ALL = (HOME, STORE, PROJECT, PRECISION, JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE, TEST_RECORDS)
+ALL = (
+    HOME, STORE, PROJECT, PRECISION, REDUNDANCY, JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE,
+    TEST_RECORDS,
+)  # fmt: skip
 
 
 def home() -> Path:

@@ -220,8 +220,12 @@ class Durable:
 
     # ------------------------------------------------------------------ resuming
 
-    def resume(self, folder: Path) -> tuple[int, bytes] | None:
+    def resume(self, folder: Path, *, beyond: int = -1) -> tuple[int, bytes] | None:
         """Load the newest sound checkpoint in `folder`. Collective: all ranks agree on one.
+
+        Args:
+            folder: Of the job.
+            beyond: Only one of more committed steps than this.
 
         Returns:
             Its committed steps, and this rank's local record; None if there is no checkpoint.
@@ -231,7 +235,7 @@ class Durable:
         assert protected is not None
         store = CheckpointStore(folder, self._settings.keep_last)
         info = self._choose(store)
-        if info is None:
+        if info is None or info.step <= beyond:
             return None
         tree = json.loads(store.load(info, verify=False).tree)
         loaded = store.load(info, protected.prepare_whole(tree), verify=False)

@@ -73,6 +73,14 @@ class Host(Protocol):
         """Take the state; return its digest and the bytes received."""
         ...
 
+    def restore(self, plan: Plan) -> tuple[str, int]:
+        """Take the state from the shadow that the rank left; return its digest and bytes."""
+        ...
+
+    def shadow_commits(self) -> list[int]:
+        """For which numbers of committed steps the rank left a whole shadow of its state."""
+        ...
+
     @property
     def shards(self) -> list[str]:
         """Shard key of each rank; empty where nothing is split, or not known yet."""
@@ -125,6 +133,10 @@ class Fabric:
         self.order_root = 0
         # torch makes a group on its members only; the others are told.
         self.subgroups_elsewhere = False
+        # Where state is rebuilt from shadows, a step's results stay until all have one past it:
+        # set around the operation that says so.
+        self.keeps_step = False
+        self.settling = False
 
     # ------------------------------------------------------------------ training threads
 
@@ -154,6 +166,7 @@ class Fabric:
         interval = self.host.before_submit(group, op)
         self._replayable.wait()
         with self.lock:
+            op.settles = self.settling
             known = group.add(op, self.interval if interval is None else interval)
             self._progress["issued"] += 1
             if not known and not self._broken and group.inner is not None:
@@ -240,7 +253,8 @@ class Fabric:
                 self.pool.give(op.buffers)
                 op.buffers = []
             # Every rank has issued this one, hence committed what came before it.
-            if group.spans_world and op.interval == self.interval:
+            passed = op.settles or not self.keeps_step
+            if group.spans_world and op.interval == self.interval and passed:
                 for each in self._groups.values():
                     each.release_before(op.interval, self.pool)
         op.future.set_result(op.value)
@@ -373,10 +387,11 @@ class Fabric:
         self._check(message)
         formed = Formed(
             generation=message.generation,
-            step=plan.commits,
-            recompute=int(newcomer),
+            step=plan.restores.get(self.rank, plan.commits),
+            recompute=plan.num_recomputed(self.rank) if newcomer else 0,
             bytes_moved=moved + received_bytes,
             digest=digest,
+            from_shadow=self.rank in plan.restores,
         )
         self._resume(message, inner)
         host.formed(message)
@@ -404,9 +419,12 @@ class Fabric:
                     for interval, seq, signature, done in group.describe(intervals)
                 },
                 shards=[] if fresh else host.shards,
+                shadows=host.shadow_commits() if fresh else [],
             )
 
     def _move_state(self, plan: Plan, inner: InnerGroup, host: Host) -> tuple[str, int]:
+        if self.rank in plan.restores:
+            return host.restore(plan)
         for donation in plan.donations:
             if self.rank in donation.sources:
                 host.fault_point("donate")

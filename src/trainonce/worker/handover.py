@@ -13,8 +13,10 @@ from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
 from trainonce.worker.fabric import Superseded
 from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.shadow import fill
 from trainonce.worker.shards import stripe
 from trainonce.worker.spare import call_with_batch
+from trainonce.worker.state import Image, copy_tree
 from trainonce.worker.transfer import (
     agree_on_digest,
     receive_parts,
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from trainonce.worker.oplog import GroupLog, Op
     from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
-    from trainonce.worker.state import Image
 
 _POLL_S = 0.005
 # Commits after which a DDP, one with a static graph included, settles its buckets.
@@ -170,8 +171,19 @@ class Handover:
         """Return all that a successor needs beside the bytes of `image`, as plain values."""
         runner = self._runner
         assert runner.protected is not None
+        return {**runner.protected.describe(image), **self._describe_rest()}
+
+    def describe_later(self) -> Callable[[], dict[str, Any]]:
+        """Return what gives the description of the state as it is now, on another thread."""
+        protected = self._runner.protected
+        assert protected is not None
+        rest, image, small = self._describe_rest(), protected.live(), protected.small
+        image = Image(image.tensors, copy_tree(image.scalars))
+        return lambda: {**protected.describe(image, small), **rest}
+
+    def _describe_rest(self) -> dict[str, Any]:
+        runner = self._runner
         return {
-            **runner.protected.describe(image),
             "trained": list(self._trained.items()),
             "profiles": runner.profiles.to_record(),
             "started_at": runner.started_at,
@@ -217,9 +229,7 @@ class Handover:
         runner, commits = self._runner, plan.commits
         assert runner.protected is not None
         runner.injector.at("promotion", commits)
-        if plan.shards:
-            runner.split_state(list(plan.shards))
-            self._check_shard()
+        self._take_shards(plan)
         record = receive_record(inner, donation.sources[0])
         tensors = runner.protected.prepare(record)
         count = len(donation.sources)
@@ -231,6 +241,35 @@ class Handover:
                 f"the local state of rank {runner.rank} at step {commits} went down with it",
                 hint="this happens if a step issues fewer collectives than ever before",
             )
+        self._stand_at(commits, record, payload)
+        return result
+
+    def restore(self, plan: Plan) -> tuple[str, int]:
+        """Take the state, and what the rank kept to itself, from the shadow that it left."""
+        runner = self._runner
+        assert runner.protected is not None
+        commits = plan.restores[runner.rank]
+        runner.injector.at("promotion", plan.commits)
+        self._take_shards(plan)
+        copy = runner.shadow.read(commits)
+        size = fill(runner.protected.prepare(copy.record), copy.data)
+        self._stand_at(commits, copy.record, copy.payload)
+        return "", size
+
+    def shadow_commits(self) -> list[int]:
+        """Return for which numbers of committed steps the rank left a whole shadow."""
+        return self._runner.shadow.commits()
+
+    def resume_from_shadow(self, commits: int) -> None:
+        """Load what `restore` loads, in a start of all ranks: as from a checkpoint."""
+        runner = self._runner
+        assert runner.protected is not None
+        copy = runner.shadow.read(commits)
+        fill(runner.protected.prepare(copy.record), copy.data)
+        runner.restore_record(copy.payload, commits)
+
+    def _stand_at(self, commits: int, record: dict[str, Any], payload: bytes) -> None:
+        runner = self._runner
         runner.restore_record(payload, commits)
         runner.begin_at(commits, started_at=record["started_at"])
         runner.means.expect(record["reduces_means"], commits)
@@ -238,11 +277,14 @@ class Handover:
         self.watch_passes(dict(record["trained"]))
         if runner.durable is not None and record["poll"] is not None:
             runner.durable.restore(record["poll"])
-        return result
+        runner.restored()
 
-    def _check_shard(self) -> None:
+    def _take_shards(self, plan: Plan) -> None:
         runner = self._runner
         assert runner.protected is not None
+        runner.split_state(list(plan.shards) or [""] * runner.world_size)
+        if not plan.shards:
+            return
         if runner.protected.shard_key(runner.rank) != runner.shards[runner.rank]:
             raise StateMismatchError(
                 f"rank {runner.rank} splits its state differently than the process that held"
@@ -253,6 +295,10 @@ class Handover:
     def adopt_mirror(self, fd: int) -> None:
         """Go on with the mirror of the process that held this rank."""
         self._runner.local.adopt_mirror(fd)
+
+    def adopt_shadow(self, fd: int) -> None:
+        """Go on with the shadow of the process that held this rank."""
+        self._runner.shadow.adopt(fd)
 
     def formed(self, message: Generation) -> None:
         """Let the script go on."""

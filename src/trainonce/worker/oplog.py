@@ -68,6 +68,8 @@ class Op:
     seq: int = 0
     state: OpState = OpState.PENDING
     attempt: int = 0
+    settles: bool = False
+    """Who has issued it needs nothing more of the interval before, its shadow included."""
     buffers: list[torch.Tensor] = field(default_factory=lambda: [])
 
 

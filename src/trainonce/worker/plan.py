@@ -28,6 +28,8 @@ class RankReport:
         ops: Name of each operation it knows to (signature, has a result).
         shards: Shard key of each rank, as settled at `protect`; empty where nothing is split,
             and in newcomers.
+        shadows: Of a newcomer: numbers of committed steps of which its predecessor left a whole
+            shadow.
     """
 
     fresh: bool
@@ -37,6 +39,7 @@ class RankReport:
     groups: dict[str, list[int]] = field(default_factory=lambda: {})
     ops: dict[OpName, tuple[str, bool]] = field(default_factory=lambda: {})
     shards: list[str] = field(default_factory=lambda: [])
+    shadows: list[int] = field(default_factory=lambda: [])
 
     def to_record(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -48,6 +51,7 @@ class RankReport:
             "groups": self.groups,
             "ops": [[*name, *value] for name, value in self.ops.items()],
             "shards": self.shards,
+            "shadows": self.shadows,
         }
 
     @classmethod
@@ -65,6 +69,7 @@ class RankReport:
             groups=record["groups"],
             ops=ops,
             shards=record["shards"],
+            shadows=record["shadows"],
         )
 
 
@@ -99,6 +104,10 @@ class Plan:
         commits: Committed steps of the job; newcomers start from there.
         donations: Who gives which newcomers their state.
         shards: Shard key of each rank; empty where nothing is split.
+        catch_up: Ranks that have to commit one more step before they can give their part of the
+            state, which nobody else holds. They get the results they lack; then all plan again.
+        restores: Newcomers that go on from their shadow, with the committed steps of it: where
+            that is one fewer, they execute their share of one more step, served from the log.
         results: Logged results to hand over, in this order.
         order_root: Rank whose bucket order holds, where none was settled yet.
     """
@@ -107,8 +116,13 @@ class Plan:
     donations: tuple[Donation, ...]
     shards: tuple[str, ...]
     catch_up: tuple[int, ...] = ()
+    restores: dict[int, int] = field(default_factory=lambda: {})
     results: tuple[ResultTransfer, ...]
     order_root: int
+
+    def num_recomputed(self, rank: int) -> int:
+        """Return how many shares of a step a newcomer computes again."""
+        return 1 + self.commits - self.restores.get(rank, self.commits)
 
 
 def plan_recovery(reports: list[RankReport]) -> Plan:
@@ -131,12 +145,23 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
     shards = next((reports[r].shards for r in survivors if reports[r].shards), [])
     catch_up = _find_laggards(reports, commits, shards)
     served = survivors if catch_up else list(range(len(reports)))
+    donations: tuple[Donation, ...] = ()
+    restores: dict[int, int] = {}
+    if not catch_up:
+        try:
+            donations = _plan_donations(reports, commits, shards)
+        except RecoveryError:
+            restores = _plan_restores(reports, commits)
+            if not restores:
+                raise
+    starts = {rank: restores.get(rank, commits) for rank in range(len(reports))}
     return Plan(
         commits=commits,
-        donations=() if catch_up else _plan_donations(reports, commits, shards),
+        donations=donations,
+        restores=restores,
         shards=tuple(shards),
         catch_up=catch_up,
-        results=_plan_results(reports, commits, served),
+        results=_plan_results(reports, starts, served),
         order_root=next((r for r in survivors if reports[r].original), survivors[0]),
     )
 
@@ -177,6 +202,18 @@ def _plan_donations(
     return tuple(donations)
 
 
+def _plan_restores(reports: list[RankReport], commits: int) -> dict[int, int]:
+    """Return the newcomers and the committed steps of the shadows that they all go on from.
+
+    The same for all: what one executes again may need another's share of the same step.
+    """
+    fresh = [rank for rank, report in enumerate(reports) if report.fresh]
+    for start in (commits, commits - 1):
+        if all(start in reports[rank].shadows for rank in fresh):
+            return dict.fromkeys(fresh, start)
+    return {}
+
+
 def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryError:
     if not alike:
         return RecoveryError(
@@ -191,7 +228,7 @@ def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryErr
 
 
 def _plan_results(
-    reports: list[RankReport], commits: int, served: list[int]
+    reports: list[RankReport], starts: dict[int, int], served: list[int]
 ) -> tuple[ResultTransfer, ...]:
     groups: dict[str, list[int]] = {}
     known: dict[OpName, tuple[str, int]] = {}
@@ -216,7 +253,7 @@ def _plan_results(
             for rank in groups[group]
             if rank in served
             and rank not in holders[name]
-            and _wants(reports[rank], interval, commits)
+            and _wants(reports[rank], interval, starts[rank])
         )
         if targets:
             transfers.append(
@@ -230,9 +267,9 @@ def _plan_results(
     return tuple(transfers)
 
 
-def _wants(report: RankReport, interval: int, commits: int) -> bool:
+def _wants(report: RankReport, interval: int, start: int) -> bool:
     if interval == UNSHARED:
         return False
     if report.fresh:
-        return interval <= SETUP or interval == commits
+        return interval <= SETUP or interval >= start
     return interval >= report.commits or interval <= SETUP

@@ -247,7 +247,7 @@ class Protected:
         """Copy the replicated tensors."""
         copies = [(name, tensor.detach().clone()) for name, tensor in self.replicated()]
         # LBFGS keeps lists there, which it appends to.
-        return Image(copies, _copy_tree(self._optimizer_scalars()))
+        return Image(copies, copy_tree(self._optimizer_scalars()))
 
     def live(self) -> Image:
         """Return the replicated state itself, not a copy."""
@@ -255,10 +255,20 @@ class Protected:
 
     # ------------------------------------------------------------------ giving and taking
 
-    def describe(self, image: Image) -> dict[str, Any]:
-        """Return what a newcomer needs beside the bytes of `image`: a JSON object."""
-        small = encoding.encode(
-            {**self._small, "scalars": image.scalars, "local": sorted(self._local)}
+    @property
+    def small(self) -> dict[str, Any]:
+        """The small state as of the last commit; not changed any more."""
+        return self._small
+
+    def describe(self, image: Image, small: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return what a newcomer needs beside the bytes of `image`: a JSON object.
+
+        Args:
+            image: The state.
+            small: The small state that belongs to it; that of the last commit by default.
+        """
+        encoded = encoding.encode(
+            {**(self._small if small is None else small), "scalars": image.scalars, "local": sorted(self._local)}
         )
         splits = {name: describe_split(t) for name, t in self._optimizer_tensors()}
         return {
@@ -267,7 +277,7 @@ class Protected:
                 for name, t in image.tensors
             ],
             "splits": {name: split for name, split in splits.items() if split is not None},
-            "small": base64.b64encode(small).decode(),
+            "small": base64.b64encode(encoded).decode(),
         }
 
     def prepare(self, record: dict[str, Any]) -> Named:
@@ -351,7 +361,7 @@ class Protected:
         """Return a copy of the small state as it is now."""
         return {
             "groups": {name: _groups_of(o) for name, o in self.optimizers.items()},
-            "stateful": {name: _copy_tree(o.state_dict()) for name, o in self.stateful.items()},
+            "stateful": {name: copy_tree(o.state_dict()) for name, o in self.stateful.items()},
         }
 
     def restore(self, image: Image) -> None:
@@ -395,9 +405,9 @@ class Protected:
         self._small = {"groups": small["groups"], "stateful": small["stateful"]}
         for name, groups in small["groups"].items():
             for group, values in zip(self.optimizers[name].param_groups, groups, strict=True):
-                group.update(_copy_tree(values))
+                group.update(copy_tree(values))
         for name, value in small["stateful"].items():
-            self.stateful[name].load_state_dict(_copy_tree(value))
+            self.stateful[name].load_state_dict(copy_tree(value))
 
     def _load_scalars(self, scalars: dict[str, Any]) -> None:
         for name, value in scalars.items():
@@ -443,7 +453,7 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [
-        {key: _copy_tree(value) for key, value in group.items() if key not in _NOT_VALUES}
+        {key: copy_tree(value) for key, value in group.items() if key not in _NOT_VALUES}
         for group in optimizer.param_groups
     ]
 
@@ -452,18 +462,18 @@ def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 _NOT_VALUES = ("params", "param_names")
 
 
-def _copy_tree(value: Any) -> Any:
+def copy_tree(value: Any) -> Any:
     """Copy containers and tensors; share everything else, which is immutable."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) is dict:
-        return {key: _copy_tree(each) for key, each in value.items()}
+        return {key: copy_tree(each) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_copy_tree(each) for each in value)
+        return type(value)(copy_tree(each) for each in value)
     if isinstance(value, dict | list | set):
         copied = value.copy()
         if isinstance(copied, dict):
             for key, each in copied.items():
-                copied[key] = _copy_tree(each)
+                copied[key] = copy_tree(each)
         return copied
     return value

@@ -113,7 +113,11 @@ def is_mine_to_write(tensor: torch.Tensor, rank: int) -> bool:
 
 
 def write_tensors(
-    folder: Path, tensors: Mapping[str, torch.Tensor], model_names: Collection[str], *, part: int = 0
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    model_names: Collection[str],
+    *,
+    part: int = 0,
 ) -> None:
     """Write `tensors` into `folder`: those of `model_names` into a file of their own.
 

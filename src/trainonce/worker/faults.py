@@ -11,7 +11,7 @@ import torch
 
 from trainonce.wire.faults import Fault
 from trainonce.wire.messages import FaultFiring
-from trainonce.worker.torch_private import shards_parameters
+from trainonce.worker.torch_private import shards_parameters, visible_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -68,11 +68,13 @@ class FaultInjector:
                 trained[len(trained) // 2].register_hook(lambda _: self.at("backward"))
             return
         # FSDP2 computes with parameters of its own making: watch what a layer gives instead.
-        layers = [each for each in module.modules() if any(True for _ in each.parameters(False))]
+        layers = [each for each in visible_modules(module) if any(True for _ in each.parameters())]
         layers[len(layers) // 2].register_forward_hook(
-            lambda _layer, _inputs, output: output.requires_grad
-            and output.register_hook(lambda _: self.at("backward"))
-            and None
+            lambda _layer, _inputs, output: (
+                output.requires_grad
+                and output.register_hook(lambda _: self.at("backward"))
+                and None
+            )
         )
 
     def at(self, point: str, commits: int | None = None) -> None:

@@ -389,9 +389,7 @@ class Run:
             return
         runner = self._runner
         runner.split_state(table)
-        check_redundancy(
-            int(settings.REDUNDANCY.get() or 0), table, shadow=runner.shadow.every > 0
-        )
+        check_redundancy(int(settings.REDUNDANCY.get() or 0), table, shadow=runner.shadow.every > 0)
         if any(table) and runner.rank == 0:
             runner.notify(Note(key="copies", text=describe_copies(table)))
 

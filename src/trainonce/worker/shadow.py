@@ -124,7 +124,9 @@ class ShadowMemory:
             _MAGIC, _FORMAT, serial, commits, len(record), len(payload), place - begin,
             checksum.intdigest(),
         )  # fmt: skip
-        self._map[base : base + _PAGE] = (header + _CRC.pack(zlib.crc32(header))).ljust(_PAGE, b"\0")
+        self._map[base : base + _PAGE] = (header + _CRC.pack(zlib.crc32(header))).ljust(
+            _PAGE, b"\0"
+        )
         self._serial = serial
 
     def commits(self) -> list[int]:

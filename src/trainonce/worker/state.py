@@ -268,7 +268,11 @@ class Protected:
             small: The small state that belongs to it; that of the last commit by default.
         """
         encoded = encoding.encode(
-            {**(self._small if small is None else small), "scalars": image.scalars, "local": sorted(self._local)}
+            {
+                **(self._small if small is None else small),
+                "scalars": image.scalars,
+                "local": sorted(self._local),
+            }
         )
         splits = {name: describe_split(t) for name, t in self._optimizer_tensors()}
         return {
@@ -331,7 +335,7 @@ class Protected:
         Raises:
             StateMismatchError: There are other tensors in this process.
         """
-        here = {name: t for name, t in (*self._parameters, *self._buffers)}
+        here = dict((*self._parameters, *self._buffers))
         layout: list[list[Any]] = []
         splits: dict[str, Any] = {}
         for name, dtype, shape, device in record["layout"]:

@@ -134,6 +134,17 @@ def shards_parameters(module: torch.nn.Module) -> bool:
     return any(isinstance(each, FSDPModule) for each in module.modules())
 
 
+def visible_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return `module` and what is below it, less what is below a compiled module.
+
+    What is traced into a compiled module does not call hooks that are registered later.
+    """
+    if module._compiled_call_impl is not None:
+        return []
+    below = [each for child in module.children() for each in visible_modules(child)]
+    return [module, *below]
+
+
 def unreduced_gradients(module: torch.nn.Module) -> bool:
     """Tell whether FSDP2 holds gradients of `module` that were not reduced yet."""
     for each in module.modules():

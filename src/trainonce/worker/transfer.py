@@ -183,9 +183,7 @@ def _wait_all(works: list[Any]) -> None:
         work.wait()
 
 
-def agree_on_digest(
-    inner: InnerGroup, sources: Sequence[int], place: int, digest: str
-) -> str:
+def agree_on_digest(inner: InnerGroup, sources: Sequence[int], place: int, digest: str) -> str:
     """Return one digest of all parts in the first of `sources`, their own one in the others.
 
     Args:

@@ -5,10 +5,9 @@ Called as `sharded.py WAY AXIS:SIZE…`, such as `sharded.py plain rep:2 shard:2
 
 import argparse
 import faulthandler
-import functools
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
@@ -50,16 +49,19 @@ mesh = init_device_mesh(
     "cpu", tuple(int(size) for size in axes.values()), mesh_dim_names=tuple(axes)
 )
 model = torch.nn.Sequential(
-    torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH), Block(), Block(),
-    torch.nn.Linear(WIDTH, 1),
+    torch.nn.Linear(WIDTH, WIDTH),
+    torch.nn.BatchNorm1d(WIDTH) if way != "mixed" else torch.nn.GELU(),
+    Block(), Block(), torch.nn.Linear(WIDTH, 1),
 )  # fmt: skip
-options = {"mesh": mesh}
+options = {"mesh": mesh["rep", "shard"] if "tp" in axes else mesh}
 if way == "mixed":
     options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 if way == "offload":
     options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
 if way == "recompute":
-    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    checkpoint_wrapper.apply_activation_checkpointing(
+        model, check_fn=lambda module: isinstance(module, Block)
+    )
 if way == "compiled":
     for index in (2, 3):
         model[index].compile(backend="aot_eager")

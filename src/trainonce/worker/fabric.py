@@ -136,6 +136,8 @@ class Fabric:
         # Where state is rebuilt from shadows, a step's results stay until all have one past it:
         # set around the operation that says so.
         self.keeps_step = False
+        # Set while what is issued is complete on all ranks before any rank can commit.
+        self.early = False
         self.settling = False
 
     # ------------------------------------------------------------------ training threads
@@ -166,7 +168,7 @@ class Fabric:
         interval = self.host.before_submit(group, op)
         self._replayable.wait()
         with self.lock:
-            op.settles = self.settling
+            op.settles, op.early = self.settling, self.early
             known = group.add(op, self.interval if interval is None else interval)
             self._progress["issued"] += 1
             if not known and not self._broken and group.inner is not None:
@@ -202,6 +204,9 @@ class Fabric:
     def commit(self) -> None:
         """Close the interval. The caller holds the update gate."""
         with self.lock:
+            if not self.keeps_step:
+                for group in self._groups.values():
+                    group.release_early(self.interval, self.pool)
             self.commits += 1
             self.interval = self.commits
 
@@ -230,6 +235,36 @@ class Fabric:
         future = work.get_future()
         future.add_done_callback(lambda done: self._inner_done(group, op, attempt, done))
 
+    def _issue_all(self, group: GroupLog) -> None:
+        """Issue what was not completed, and what others lack. The lock is held."""
+        for op in group.to_issue():
+            if op.state is OpState.PENDING:
+                self._issue(group, op)
+            else:
+                self._serve_again(group, op)
+
+    def _serve_again(self, group: GroupLog, op: Op) -> None:
+        """Issue an operation that is complete here, for those who lack it. The lock is held."""
+        try:
+            work, buffers = op.launch(group.inner)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            self._inner_failed(str(error))
+            return
+        generation = self.generation
+
+        def served(done: Any) -> None:
+            with self.lock:
+                try:
+                    done.value()
+                except RuntimeError as error:
+                    self.pool.forget(buffers)
+                    if generation == self.generation:
+                        self._inner_failed(str(error))
+                else:
+                    self.pool.give(buffers)
+
+        work.get_future().add_done_callback(served)
+
     def _inner_done(self, group: GroupLog, op: Op, attempt: int, done: Any) -> None:
         try:
             done.value()
@@ -249,7 +284,7 @@ class Fabric:
         with self.lock:
             op.state = OpState.DONE
             self._progress["completed"] += 1
-            if op.interval == UNSHARED:
+            if op.interval == UNSHARED or op.kept:
                 self.pool.give(op.buffers)
                 op.buffers = []
             # Every rank has issued this one, hence committed what came before it.
@@ -285,6 +320,7 @@ class Fabric:
                 self._forming = None
             for group in self._groups.values():
                 group.inner = None
+                group.again.clear()
                 for op in group.pending():
                     op.attempt += 1
                     # The abandoned operation may still write there.
@@ -414,9 +450,9 @@ class Fabric:
                 original=self._original,
                 groups={key: group.ranks for key, group in self._groups.items()},
                 ops={
-                    (key, interval, seq): (signature, done)
+                    (key, interval, seq): (signature, known)
                     for key, group in self._groups.items()
-                    for interval, seq, signature, done in group.describe(intervals)
+                    for interval, seq, signature, known in group.describe(intervals)
                 },
                 shards=[] if fresh else host.shards,
                 shadows=host.shadow_commits() if fresh else [],
@@ -438,6 +474,10 @@ class Fabric:
         """Hand logged results over; return the operations that now have theirs, and bytes."""
         completed: list[tuple[GroupLog, Op]] = []
         received_bytes = 0
+        with self.lock:
+            for key, interval, seq in plan.again:
+                if key in self._groups:
+                    self._groups[key].again.add((interval, seq))
         for transfer in plan.results:
             key, interval, seq = transfer.name
             if self.rank == transfer.source:
@@ -478,8 +518,7 @@ class Fabric:
             for group in self._groups.values():
                 if group is self.world:
                     group.inner = inner
-                    for op in group.pending():
-                        self._issue(group, op)
+                    self._issue_all(group)
                 else:
                     self._form_beside(group, message)
 
@@ -503,7 +542,6 @@ class Fabric:
                     inner.abort()
                     return
                 group.inner = inner
-                for op in group.pending():
-                    self._issue(group, op)
+                self._issue_all(group)
 
         threading.Thread(target=form, name=f"form-{group.key}", daemon=True).start()

@@ -350,13 +350,17 @@ class OnceGroup(dist.ProcessGroup):
             deliver([tensor] * self._size)
             return self._done(value)
 
+        # In place of the result, which is as large as all inputs together.
+        kept = [self._take(tensor)] if self._fabric.early else []
+
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
-            mine = tensor.detach().contiguous().cpu()
+            mine = kept[0] if kept else tensor.detach().contiguous().cpu()
             with self._fabric.lock:
                 parts = [self._fabric.pool.take(mine) for _ in range(self._size)]
             return inner.pg.allgather([parts], [mine]), parts
 
-        return self._submit("all_gather", _signature("all_gather", tensor), launch, deliver, value)
+        signature = _signature("all_gather", tensor)
+        return self._submit("all_gather", signature, launch, deliver, value, kept)
 
     def _reduce_part(
         self, output: torch.Tensor, flat: torch.Tensor, sizes: list[int], opts: Any
@@ -384,10 +388,11 @@ class OnceGroup(dist.ProcessGroup):
         launch: Callable[[Any], tuple[Any, list[torch.Tensor]]],
         deliver: Callable[[list[torch.Tensor]], None],
         value: list[Any],
+        kept: list[torch.Tensor] | None = None,
     ) -> OnceWork:
         devices = sorted({t.device.index for t in value if _is_cuda(t)})
         future: torch.futures.Future[Any] = torch.futures.Future(devices=devices or None)
-        op = Op(kind, signature, launch, deliver, value, future)
+        op = Op(kind, signature, launch, deliver, value, future, kept=kept or [])
         self._fabric.submit(self._log, op)
         return OnceWork(future, self._waiting)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainonce.errors import CollectiveError, RecoveryError
-from trainonce.worker.oplog import SETUP, UNSHARED
+from trainonce.worker.oplog import SETUP, UNSHARED, Known
 
 OpName = tuple[str, int, int]  # group key, interval, sequence number
 
@@ -25,7 +25,7 @@ class RankReport:
         donor: It can give the state as of `commits`, complete and unchanged.
         original: It has been there from the beginning, so its DDPs know their bucket order.
         groups: Group key to the global ranks of its members.
-        ops: Name of each operation it knows to (signature, has a result).
+        ops: Name of each operation it knows to (signature, what it can give of it: `Known`).
         shards: Shard key of each rank, as settled at `protect`; empty where nothing is split,
             and in newcomers.
         shadows: Of a newcomer: numbers of committed steps of which its predecessor left a whole
@@ -37,7 +37,7 @@ class RankReport:
     donor: bool
     original: bool = True
     groups: dict[str, list[int]] = field(default_factory=lambda: {})
-    ops: dict[OpName, tuple[str, bool]] = field(default_factory=lambda: {})
+    ops: dict[OpName, tuple[str, int]] = field(default_factory=lambda: {})
     shards: list[str] = field(default_factory=lambda: [])
     shadows: list[int] = field(default_factory=lambda: [])
 
@@ -58,8 +58,8 @@ class RankReport:
     def from_record(cls, record: dict[str, Any]) -> RankReport:
         """Return the report in `record`."""
         ops = {
-            (str(group), int(interval), int(seq)): (str(signature), bool(done))
-            for group, interval, seq, signature, done in record["ops"]
+            (str(group), int(interval), int(seq)): (str(signature), int(known))
+            for group, interval, seq, signature, known in record["ops"]
         }
         return cls(
             fresh=record["fresh"],
@@ -109,6 +109,8 @@ class Plan:
         restores: Newcomers that go on from their shadow, with the committed steps of it: where
             that is one fewer, they execute their share of one more step, served from the log.
         results: Logged results to hand over, in this order.
+        again: Operations that those who have a result issue once more, from the inputs that they
+            kept, for those who have none.
         order_root: Rank whose bucket order holds, where none was settled yet.
     """
 
@@ -118,6 +120,7 @@ class Plan:
     catch_up: tuple[int, ...] = ()
     restores: dict[int, int] = field(default_factory=lambda: {})
     results: tuple[ResultTransfer, ...]
+    again: tuple[OpName, ...] = ()
     order_root: int
 
     def num_recomputed(self, rank: int) -> int:
@@ -155,13 +158,15 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
             if not restores:
                 raise
     starts = {rank: restores.get(rank, commits) for rank in range(len(reports))}
+    results, again = _plan_results(reports, starts, served)
     return Plan(
         commits=commits,
         donations=donations,
         restores=restores,
         shards=tuple(shards),
         catch_up=catch_up,
-        results=_plan_results(reports, starts, served),
+        results=results,
+        again=again,
         order_root=next((r for r in survivors if reports[r].original), survivors[0]),
     )
 
@@ -229,13 +234,14 @@ def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryErr
 
 def _plan_results(
     reports: list[RankReport], starts: dict[int, int], served: list[int]
-) -> tuple[ResultTransfer, ...]:
+) -> tuple[tuple[ResultTransfer, ...], tuple[OpName, ...]]:
     groups: dict[str, list[int]] = {}
     known: dict[OpName, tuple[str, int]] = {}
     holders: dict[OpName, list[int]] = {}
+    inputs: dict[OpName, list[int]] = {}
     for rank, report in enumerate(reports):
         groups.update(report.groups)
-        for name, (signature, done) in report.ops.items():
+        for name, (signature, can_give) in report.ops.items():
             first = known.setdefault(name, (signature, rank))
             if first[0] != signature:
                 raise CollectiveError(
@@ -243,19 +249,25 @@ def _plan_results(
                     f" {first[0]}, rank {rank} issued {signature}",
                     hint="every rank must issue the same collectives in the same order",
                 )
-            if done:
+            if can_give == Known.RESULT:
                 holders.setdefault(name, []).append(rank)
+            elif can_give == Known.INPUT:
+                inputs.setdefault(name, []).append(rank)
     transfers: list[ResultTransfer] = []
-    for name in sorted(holders):
+    again: list[OpName] = []
+    for name in sorted(holders.keys() | inputs.keys()):
         group, interval, _ = name
+        have = [*holders.get(name, ()), *inputs.get(name, ())]
         targets = tuple(
             rank
             for rank in groups[group]
             if rank in served
-            and rank not in holders[name]
+            and rank not in have
             and _wants(reports[rank], interval, starts[rank])
         )
-        if targets:
+        if targets and name not in holders:
+            again.append(name)
+        elif targets:
             transfers.append(
                 ResultTransfer(
                     name=name,
@@ -264,7 +276,7 @@ def _plan_results(
                     targets=targets,
                 )
             )
-    return tuple(transfers)
+    return tuple(transfers), tuple(again)
 
 
 def _wants(report: RankReport, interval: int, start: int) -> bool:

@@ -251,6 +251,8 @@ class Runner:
             if self._holds_copies():
                 self.image = self.protected.image()
         self.execution = execution
+        if self.fabric is not None:
+            self.fabric.early = self._completes_together
         self.progress["section_mono_ns"] = execution.begun_mono_ns
         self.progress["section"] += 1
         self._set_phase(Phase.COMPUTING)
@@ -316,6 +318,7 @@ class Runner:
             if self.fabric is not None and self._completes_together:
                 # No rank may commit while another still needs an operation of this step.
                 self.fabric.drain_pending()
+                self.fabric.early = False
                 self.barrier()
             if execution.profile.kind is UpdateKind.PLAIN:
                 self._publish_together(execution)
@@ -333,6 +336,7 @@ class Runner:
         """End a step: commit it, unless its gradients wait for a later one."""
         if self.fabric is not None:
             self.fabric.drain_pending()
+            self.fabric.early = False
         if not self._commits_now(execution):
             self._calls += 1
             self.execution = None

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from trainonce.errors import CollectiveError, RecoveryError
-from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.oplog import SETUP, UNSHARED, Known, bucket_order_interval
 from trainonce.worker.plan import RankReport, plan_recovery
 
 WORLD = "world"
@@ -124,6 +124,43 @@ def test_a_rank_that_alone_holds_a_shard_commits_first_where_it_lags_behind():
     assert [(t.name[1:], t.targets) for t in plan.results] == [((5, 1), (3,))]
     plan = plan_recovery([ahead, report(0, fresh=True, ranks=4), ahead, ahead])
     assert (plan.catch_up, donations(plan)) == ((), [((3,), (1,))])
+
+
+def gathers(commits, known, **more):
+    ops = {("pair", 5, seq): ("all_gather(float32[8])", what) for seq, what in known.items()}
+    return RankReport(
+        fresh=False, commits=commits, donor=True, groups={"pair": [0, 1, 2]}, ops=ops, **more
+    )
+
+
+def test_what_is_kept_as_inputs_only_is_issued_again_by_all_where_one_lacks_the_result():
+    kept = gathers(5, {0: Known.INPUT, 1: Known.INPUT, 2: Known.NOTHING})
+    slower = gathers(5, {0: Known.INPUT, 1: Known.NOTHING})
+    assert plan_recovery([kept, kept, slower]).again == (("pair", 5, 1),)
+    plan = plan_recovery([kept, FRESH, slower])
+    assert plan.again == (("pair", 5, 0), ("pair", 5, 1))
+    assert plan.results == ()
+
+
+def test_a_result_that_somebody_has_is_handed_over_and_not_reduced_again():
+    plan = plan_recovery([gathers(5, {0: Known.INPUT}), gathers(5, {0: Known.RESULT}), FRESH])
+    assert [(t.source, t.targets) for t in plan.results] == [(1, (2,))]
+    assert plan.again == ()
+
+
+def shadowed(*commits):
+    return RankReport(fresh=True, commits=0, donor=False, shadows=list(commits))
+
+
+def test_newcomers_without_a_donor_go_on_from_the_newest_shadow_that_all_have():
+    alone = report(6, [(5, 0), (6, 0)], ranks=3, shards=["a", "b", "c"])
+    plan = plan_recovery([alone, shadowed(6, 5), shadowed(6, 5)])
+    assert (plan.restores, plan.num_recomputed(1)) == ({1: 6, 2: 6}, 1)
+    plan = plan_recovery([alone, shadowed(6, 5), shadowed(5, 4)])
+    assert (plan.restores, plan.num_recomputed(1)) == ({1: 5, 2: 5}, 2)
+    assert {t.name[1] for t in plan.results} == {5, 6}
+    with pytest.raises(RecoveryError, match="no living rank holds the part"):
+        plan_recovery([alone, shadowed(4, 3), shadowed(6, 5)])
 
 
 def test_reports_survive_the_wire():

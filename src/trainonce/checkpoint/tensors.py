@@ -15,6 +15,7 @@ whatever part it needs, so that a checkpoint can be read on another mesh, or on 
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from trainonce.checkpoint.files import write_whole
 from trainonce.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -217,15 +219,23 @@ def stored_shapes(folder: Path, pattern: str = "*.safetensors") -> dict[str, tup
 
 
 def export_model(
-    folder: Path, target: Path, *, prefix: str = "", dtype: torch.dtype | None = None
+    folder: Path,
+    target: Path,
+    *,
+    prefix: str = "",
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int | None = None,
 ) -> None:
-    """Write the model's tensors of the checkpoint in `folder` as one safetensors file.
+    """Write the model's tensors of the checkpoint in `folder` in Hugging Face's layout.
+
+    One safetensors file; or several beside it, and an index that says which tensor is where.
 
     Args:
         folder: A checkpoint.
-        target: The file; replaced as a whole, or not at all.
+        target: The file, usually `model.safetensors`; replaced as a whole, or not at all.
         prefix: Cut off the names; tensors without it are left out.
         dtype: Convert floating-point tensors to it.
+        max_file_bytes: Begin another file where one would grow beyond this.
 
     Raises:
         CheckpointError: There is no such tensor.
@@ -239,13 +249,46 @@ def export_model(
         )
     if not names:
         raise CheckpointError(f"no tensor of the model in {folder} begins with {prefix!r}")
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in read_whole(folder, names, dtype=dtype).items()
-    }
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(target)
+    files = _pack(folder, names, dtype, max_file_bytes)
+    targets = [target] if len(files) == 1 else [
+        target.with_name(f"{target.stem}-{number:05d}-of-{len(files):05d}{target.suffix}")
+        for number in range(1, len(files) + 1)
+    ]  # fmt: skip
+    place_of: dict[str, str] = {}
+    total = 0
+    for each, inside in zip(targets, files, strict=True):
+        tensors = read_whole(folder, inside, dtype=dtype)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        place_of |= {name.removeprefix(prefix): each.name for name in inside}
+        part = each.with_name(f".{each.name}.{os.getpid()}.part")
+        named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        save_file(named, part, metadata={"format": "pt"})
+        part.replace(each)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": place_of}
+        write_whole(
+            target.with_name(f"{target.name}.index.json"), json.dumps(index, indent=2).encode()
+        )
+
+
+def _pack(
+    folder: Path, names: list[str], dtype: torch.dtype | None, max_file_bytes: int | None
+) -> list[list[str]]:
+    """Return the names by file, in their order."""
+    if max_file_bytes is None:
+        return [names]
+    shapes, dtypes = stored_shapes(folder), _stored_dtypes(folder)
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        convert = dtype is not None and dtypes[name].is_floating_point
+        size = math.prod(shapes[name]) * (dtype if convert and dtype else dtypes[name]).itemsize
+        if files[-1] and filled + size > max_file_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return files
 
 
 def read_whole(

@@ -24,6 +24,7 @@ from trainonce.checkpoint.store import CheckpointStore
 from trainonce.checkpoint.tensors import is_mine_to_write
 from trainonce.errors import CheckpointError
 from trainonce.wire.messages import Note, Report
+from trainonce.worker.shards import keeps_a_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,6 +180,14 @@ class Durable:
         runner = self._runner
         protected = runner.protected
         assert protected is not None
+        if any(keeps_a_part(optimizer) for optimizer in protected.optimizers.values()):
+            text = (
+                "no durable checkpoint is written: an optimizer splits its state between ranks by"
+                " itself (ZeroRedundancyOptimizer); FSDP2 with reshard_after_forward=False takes"
+                " as little memory and can be saved"
+            )
+            self._notify(Note(key="checkpoint-zero", level="warning", text=text))
+            return
         whole = protected.whole()
         mine = {name: t for name, t in whole.items() if is_mine_to_write(t, runner.rank)}
         names = [name for name, _ in protected.parameters()]

@@ -96,10 +96,21 @@ def shard_key(
         ]
         if place:
             lines.append(f"{name}{list(tensor.shape)}@{','.join(place)}")
-    lines += [f"own:{rank}" for each in optimizers if _keeps_a_part(each)]
+    lines += [f"own:{rank}" for each in optimizers if keeps_a_part(each)]
     if not lines:
         return ""
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def keeps_a_part(optimizer: Any) -> bool:
+    """Tell whether an optimizer splits its state between ranks by itself."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]]:
+    """Return the state that an optimizer keeps on this rank, by parameter."""
+    return optimizer.optim.state if keeps_a_part(optimizer) else optimizer.state  # type: ignore[attr-defined]
 
 
 def stripe(
@@ -184,8 +195,3 @@ def _placement_of(text: str) -> Placement:
 
 def _splits(placement: Placement) -> bool:
     return isinstance(placement, Shard | _StridedShard)
-
-
-def _keeps_a_part(optimizer: Any) -> bool:
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)

@@ -24,7 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainonce.errors import ConfigError, StateError, StateMismatchError
 from trainonce.wire import encoding
-from trainonce.worker.shards import describe_split, restore_split, shard_key, split_text
+from trainonce.worker.shards import (
+    describe_split,
+    restore_split,
+    shard_key,
+    split_text,
+    state_of,
+)
 from trainonce.worker.torch_private import (
     local_of,
     shards_parameters,
@@ -151,7 +157,7 @@ class Protected:
         for name, optimizer in self.optimizers.items():
             for index, parameter in enumerate(_parameters_of(optimizer)):
                 # Not sorted: a newcomer takes over the order too, for state_dict() shows it.
-                for key, value in optimizer.state.get(parameter, {}).items():
+                for key, value in state_of(optimizer).get(parameter, {}).items():
                     if isinstance(value, torch.Tensor):
                         yield f"{name}/{index}/{key}", value
 
@@ -160,7 +166,7 @@ class Protected:
             f"{name}/{index}/{key}": value
             for name, optimizer in self.optimizers.items()
             for index, parameter in enumerate(_parameters_of(optimizer))
-            for key, value in optimizer.state.get(parameter, {}).items()
+            for key, value in state_of(optimizer).get(parameter, {}).items()
             if not isinstance(value, torch.Tensor)
         }
 
@@ -374,7 +380,7 @@ class Protected:
         for name, optimizer in self.optimizers.items():
             for index, parameter in enumerate(_parameters_of(optimizer)):
                 if not any(key.startswith(f"{name}/{index}/") for key in present):
-                    self._warm[parameter] = optimizer.state.pop(parameter, {})
+                    self._warm[parameter] = state_of(optimizer).pop(parameter, {})
         self._load_scalars(image.scalars)
         with torch.no_grad():
             for name, tensor in self.replicated():
@@ -395,13 +401,13 @@ class Protected:
             return None
         parameter = parameters[int(index)]
         warm = self._warm.get(parameter, {}).pop(key, None)
-        present = optimizer.state[parameter].get(key, warm)
+        present = state_of(optimizer)[parameter].get(key, warm)
         local = None if present is None else local_of(present)
         if local is None or local.dtype != dtype or list(local.shape) != shape:
             place = parameter.device if device != "cpu" else torch.device("cpu")
             local = torch.empty(shape, dtype=dtype, device=place)
             present = restore_split(local, split, parameter)
-        optimizer.state[parameter][key] = present
+        state_of(optimizer)[parameter][key] = present
         return local
 
     def load_small(self, small: dict[str, Any]) -> None:
@@ -417,7 +423,7 @@ class Protected:
         for name, value in scalars.items():
             owner, index, key = name.rsplit("/", 2)
             optimizer = self.optimizers[owner]
-            optimizer.state[_parameters_of(optimizer)[int(index)]][key] = value
+            state_of(optimizer)[_parameters_of(optimizer)[int(index)]][key] = value
 
     def digest(self) -> str:
         """Return a digest of the replicated tensors, for comparing ranks."""

@@ -50,6 +50,12 @@ def test_every_way_to_train_survives_kills(shaken, way):
 
 
 @pytest.mark.slow
+def test_tensor_parallel_with_a_replicate_axis_survives_kills(shaken):
+    faults = kills(("backward", "collective", "updated", "forward"), stride=3)
+    shaken("tensor", "rep:2", "shard:1", "tp:2", faults=faults)
+
+
+@pytest.mark.slow
 def test_every_collective_of_a_step_can_be_the_last(shaken):
     """Kills right after the n-th collective: all-gathers, reduce-scatters, all-reduces, norm."""
     faults = [

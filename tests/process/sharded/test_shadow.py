@@ -27,9 +27,16 @@ def test_a_shard_without_a_replica_goes_on_from_its_shadow(shaken):
 )  # fmt: skip
 def test_any_rank_without_a_replica_can_be_killed_at_any_point(shaken, rank, points):
     faults = [f"kill rank={rank} step={2 * n + 1} point={p}" for n, p in enumerate(points)]
-    faults += [f"kill rank={rank} step=0 point=collective", f"kill rank={rank} step=13 point=end"]
+    faults += [f"kill rank={rank} step=0 point=collective", f"kill rank={rank} step=14 point=end"]
     faults = faults if "begin" in points else faults[:-2]
     shaken("accumulate", *ALONE, faults=faults, served_by="shadow")
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_splits_its_state_by_itself_goes_on_from_its_shadows(shaken):
+    faults = [f"kill rank={n % 2} step={3 * n + 1} point={point}"
+              for n, point in enumerate(("backward", "collective", "reduced", "updated"))]  # fmt: skip
+    shaken("zero", *ALONE, faults=faults, served_by="shadow")
 
 
 @pytest.mark.slow

@@ -10,6 +10,13 @@ import torch
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 import trainonce
 from trainonce.testing import record, state_digests
@@ -28,15 +35,20 @@ way = arguments.way
 axes = dict(each.split(":") for each in arguments.axes)
 
 
+TENSOR_PARALLEL = int(axes.get("tp", 1))
+# Splits unevenly where it can.
+INNER = 2 * WIDTH + (1 if TENSOR_PARALLEL == 1 else 0)
+
+
 class Block(torch.nn.Module):
     """Width in, width out; dropout and running statistics make ranks differ."""
 
     def __init__(self):
         super().__init__()
         self.norm = torch.nn.LayerNorm(WIDTH)
-        self.up = torch.nn.Linear(WIDTH, 2 * WIDTH + 1)  # splits unevenly
-        self.down = torch.nn.Linear(2 * WIDTH + 1, WIDTH)
-        self.dropout = torch.nn.Dropout(0.1)
+        self.up = torch.nn.Linear(WIDTH, INNER)
+        self.down = torch.nn.Linear(INNER, WIDTH)
+        self.dropout = torch.nn.Dropout(0.1 if TENSOR_PARALLEL == 1 else 0.0)
 
     def forward(self, x):
         """Take and give [samples, WIDTH]."""
@@ -65,17 +77,29 @@ if way == "recompute":
 if way == "compiled":
     for index in (2, 3):
         model[index].compile(backend="aot_eager")
-for index in (2, 3):
-    fully_shard(model[index], **options)
-fully_shard(model, **options)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=way != "mixed")
+if TENSOR_PARALLEL > 1:
+    for index in (2, 3):
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(model[index], mesh["tp"], plan)
+if way == "zero":
+    model = DistributedDataParallel(model)
+else:
+    for index in (2, 3):
+        fully_shard(model[index], **options)
+    fully_shard(model, **options)
+# With parameters on meshes of several kinds, torch's foreach kernels refuse.
+foreach = way != "mixed" and TENSOR_PARALLEL == 1
+if way == "zero":
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-2)
+else:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=foreach)
 schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 extra = {} if arguments.shadow_every is None else {"shadow_every": arguments.shadow_every}
 run.protect(model=model, optimizer=optimizer, schedule=schedule, **extra)
 
 
 def loss_of(step):
-    generator = torch.Generator().manual_seed(1000 * step + run.rank)
+    generator = torch.Generator().manual_seed(1000 * step + run.rank // TENSOR_PARALLEL)
     x = torch.randn(6, WIDTH, generator=generator)
     return ((model(x).float() - x.sum(dim=1, keepdim=True).sin()) ** 2).mean()
 
@@ -126,8 +150,9 @@ def whole(tensor):
 
 
 def digests(part):
+    kept = optimizer.optim.state if way == "zero" else optimizer.state
     state = [
-        {key: part(value) for key, value in optimizer.state[parameter].items()}
+        {key: part(value) for key, value in kept.get(parameter, {}).items()}
         for parameter in model.parameters()
     ]
     return state_digests(

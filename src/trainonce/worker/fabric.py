@@ -185,9 +185,9 @@ class Fabric:
     def drain_pending(self) -> None:
         """Wait for every operation issued so far."""
         with self.lock:
-            waiting = [op for group in self._groups.values() for op in group.unfinished()]
-        for op in waiting:
-            op.future.wait()
+            waiting = [op.future for group in self._groups.values() for op in group.unfinished()]
+        for future in waiting:
+            future.wait()
 
     def spanned(self) -> bool:
         """Tell whether an operation over all ranks was issued in this interval."""
@@ -293,6 +293,7 @@ class Fabric:
                 for each in self._groups.values():
                     each.release_before(op.interval, self.pool)
         op.future.set_result(op.value)
+        op.let_go()
 
     def _inner_failed(self, error: str) -> None:
         """Tell the controller, once a generation. The lock is held."""

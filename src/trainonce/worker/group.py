@@ -260,7 +260,7 @@ class OnceGroup(dist.ProcessGroup):
         self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None
     ) -> OnceWork:
         sizes = [output.numel()] * self._size
-        return self._reduce_part(output, tensor.reshape(-1).clone(), sizes, opts)
+        return self._reduce_part(output, tensor.reshape(-1), sizes, opts)
 
     def reduce_scatter_single(
         self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None
@@ -352,9 +352,10 @@ class OnceGroup(dist.ProcessGroup):
 
         # In place of the result, which is as large as all inputs together.
         kept = [self._take(tensor)] if self._fabric.early else []
+        source = kept[0] if kept else tensor
 
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
-            mine = kept[0] if kept else tensor.detach().contiguous().cpu()
+            mine = source.detach().contiguous().cpu()
             with self._fabric.lock:
                 parts = [self._fabric.pool.take(mine) for _ in range(self._size)]
             return inner.pg.allgather([parts], [mine]), parts
@@ -370,9 +371,19 @@ class OnceGroup(dist.ProcessGroup):
             every.reduceOp = opts.reduceOp
         mine = self._current_rank()
         begin = sum(sizes[:mine])
-        return self._then(
-            self.allreduce([flat], every),
-            lambda: _copy(output, flat[begin : begin + sizes[mine]].view(output.shape)),
+
+        def deliver(result: list[torch.Tensor]) -> None:
+            _copy(output, result[0][begin : begin + sizes[mine]].view(output.shape))
+
+        _check_dense(flat)
+        if self._emulate("reduce_scatter", [flat]):
+            deliver([flat])
+            return self._done([output])
+        return self._submit(
+            "reduce_scatter",
+            _signature("reduce_scatter", flat, every.reduceOp.op.name),
+            lambda inner: _on_copy(self._take(flat), lambda copy: inner.pg.allreduce(copy, every)),
+            deliver,
             [output],
         )
 

@@ -88,6 +88,26 @@ class Op:
     buffers: list[torch.Tensor] = field(default_factory=lambda: [])
 
 
+    def let_go(self) -> None:
+        """Drop what the caller gave: it can be far larger than what is logged."""
+        self.deliver = _deliver_nothing
+        self.value = []
+        self.future = _OVER
+        if not self.kept:
+            self.launch = _launch_nothing
+
+
+_OVER: torch.futures.Future[Any] = torch.futures.Future()
+
+
+def _deliver_nothing(result: list[torch.Tensor]) -> None:
+    raise AssertionError("delivered twice")
+
+
+def _launch_nothing(inner: InnerGroup) -> tuple[Any, list[torch.Tensor]]:
+    raise AssertionError("a complete operation was issued again")
+
+
 class BufferPool:
     """Reuses the memory of logged results, so that logging does not fault pages in.
 

@@ -87,7 +87,6 @@ class Op:
     """Who has issued it needs nothing more of the interval before, its shadow included."""
     buffers: list[torch.Tensor] = field(default_factory=lambda: [])
 
-
     def let_go(self) -> None:
         """Drop what the caller gave: it can be far larger than what is logged."""
         self.deliver = _deliver_nothing

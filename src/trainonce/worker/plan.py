@@ -261,9 +261,7 @@ def _plan_results(
         targets = tuple(
             rank
             for rank in groups[group]
-            if rank in served
-            and rank not in have
-            and _wants(reports[rank], interval, starts[rank])
+            if rank in served and rank not in have and _wants(reports[rank], interval, starts[rank])
         )
         if targets and name not in holders:
             again.append(name)

@@ -34,8 +34,10 @@ def test_any_rank_without_a_replica_can_be_killed_at_any_point(shaken, rank, poi
 
 @pytest.mark.slow
 def test_an_optimizer_that_splits_its_state_by_itself_goes_on_from_its_shadows(shaken):
-    faults = [f"kill rank={n % 2} step={3 * n + 1} point={point}"
-              for n, point in enumerate(("backward", "collective", "reduced", "updated"))]  # fmt: skip
+    faults = [
+        f"kill rank={n % 2} step={3 * n + 1} point={point}"
+        for n, point in enumerate(("backward", "collective", "reduced", "updated"))
+    ]
     shaken("zero", *ALONE, faults=faults, served_by="shadow")
 
 

@@ -28,21 +28,21 @@ def saved(tmp_path_factory):
     return result, info
 
 
-def resume(saved, axes, ranks, steps=6):
-    result, _ = saved
+def resume(saved, home, axes, ranks, steps=6):
+    _, info = saved
     again = run_job(
-        SCRIPT, "plain", *axes, "--steps", steps, nproc_per_node=ranks, home=result.home,
-        options=("--resume", result.job),
+        SCRIPT, "plain", *axes, "--steps", steps, nproc_per_node=ranks, home=home,
+        options=("--resume", str(info.path.parent)),
     )  # fmt: skip
     again.assert_completed()
     assert "resumed from the checkpoint of step 6" in again.stderr
     return again
 
 
-def test_a_checkpoint_of_two_shards_is_read_by_one_rank_with_every_bit(saved):
+def test_a_checkpoint_of_two_shards_is_read_by_one_rank_with_every_bit(saved, tmp_path):
     result, info = saved
     assert {"model-00001.safetensors", "state-00001.safetensors"} <= info.files.keys()
-    again = resume(saved, ("shard:1",), 1)
+    again = resume(saved, tmp_path, ("shard:1",), 1)
     assert again.values("whole")[0] == result.values("whole")[0]
 
 
@@ -51,17 +51,17 @@ def test_a_checkpoint_of_two_shards_is_read_by_one_rank_with_every_bit(saved):
     ("axes", "ranks"),
     [(("shard:4",), 4), (("rep:2", "shard:2"), 4), (("shard:3",), 3), (("rep:2", "shard:1"), 2)],
 )
-def test_a_checkpoint_is_read_on_another_mesh_with_every_bit(saved, axes, ranks):
+def test_a_checkpoint_is_read_on_another_mesh_with_every_bit(saved, tmp_path, axes, ranks):
     result, _ = saved
-    again = resume(saved, axes, ranks)
+    again = resume(saved, tmp_path, axes, ranks)
     wholes = again.values("whole")
     assert len(wholes) == ranks
     assert all(whole == result.values("whole")[0] for whole in wholes.values())
 
 
 @pytest.mark.slow
-def test_a_run_resumed_on_the_same_mesh_ends_as_one_that_never_stopped(saved, plain):
-    again = resume(saved, SPLIT, 2, steps=14)
+def test_a_run_resumed_on_the_same_mesh_ends_as_one_that_never_stopped(saved, tmp_path, plain):
+    again = resume(saved, tmp_path, SPLIT, 2, steps=14)
     again.assert_same_state(plain("plain", *SPLIT))
 
 

@@ -366,7 +366,7 @@ class OnceGroup(dist.ProcessGroup):
     def _reduce_part(
         self, output: torch.Tensor, flat: torch.Tensor, sizes: list[int], opts: Any
     ) -> OnceWork:
-        every = dist.AllreduceOptions()
+        every: Any = dist.AllreduceOptions()
         if opts is not None:
             every.reduceOp = opts.reduceOp
         mine = self._current_rank()

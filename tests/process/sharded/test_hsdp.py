@@ -1,9 +1,14 @@
 """FSDP2 on meshes with a replicate axis: a lost shard comes from the ranks that hold the same."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
+from trainonce.events import ReplicasDiffer
+from trainonce.testing import run_job
+
+SCRIPT = Path(__file__).parent / "scripts" / "sharded.py"
 HSDP = ("rep:2", "shard:2")
 POINTS = (
     "begin", "forward", "backward", "collective", "reduced", "update", "updated", "commit",
@@ -32,6 +37,32 @@ def test_a_lost_shard_is_rebuilt_and_the_end_is_that_of_plain_fsdp2_under_torchr
 @pytest.mark.parametrize("points", [POINTS[:5], POINTS[5:]])
 def test_any_rank_can_be_killed_at_any_point(shaken, rank, points):
     shaken("plain", *HSDP, faults=kills(points, first_rank=rank, stride=2))
+
+
+@pytest.mark.slow
+def test_stalled_ranks_are_replaced(plain, tmp_path):
+    """Between the collectives of a step, and in its update."""
+    faults = ("stop rank=3 step=3 point=collective after=6", "stop rank=0 step=6 point=update",
+              "stop rank=2 step=9 point=backward")  # fmt: skip
+    result = run_job(
+        SCRIPT, "clipping", *HSDP, nproc_per_node=4, spares=2, chaos="; ".join(faults),
+        home=tmp_path,
+    )  # fmt: skip
+    result.assert_completed()
+    result.assert_fired("stop", times=3, cause="hang", served_by="rebuild", steps_lost=0)
+    result.assert_same_state(plain("clipping", *HSDP))
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_one_of_three_copies_of_a_shard_is_repaired(plain, tmp_path):
+    axes = ("rep:3", "shard:2")
+    result = run_job(
+        SCRIPT, "clipping", *axes, "--verify-every", 2, nproc_per_node=6, home=tmp_path,
+        chaos="flip rank=3 step=4 point=between",
+    )  # fmt: skip
+    result.assert_completed()
+    (found,) = [event for event in result.events if isinstance(event, ReplicasDiffer)]
+    assert (found.odd_ranks, found.repaired_from) == ([3], 1)
 
 
 @pytest.mark.slow

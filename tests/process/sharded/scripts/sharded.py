@@ -30,6 +30,7 @@ parser.add_argument("way")
 parser.add_argument("axes", nargs="+")
 parser.add_argument("--shadow-every", type=int, default=None)
 parser.add_argument("--steps", type=int, default=14)
+parser.add_argument("--verify-every", type=int, default=0)
 arguments = parser.parse_args()
 way = arguments.way
 axes = dict(each.split(":") for each in arguments.axes)
@@ -95,7 +96,10 @@ else:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=foreach)
 schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 extra = {} if arguments.shadow_every is None else {"shadow_every": arguments.shadow_every}
-run.protect(model=model, optimizer=optimizer, schedule=schedule, **extra)
+run.protect(
+    model=model, optimizer=optimizer, schedule=schedule,
+    verify_replicas_every=arguments.verify_every, **extra,
+)  # fmt: skip
 
 
 def loss_of(step):

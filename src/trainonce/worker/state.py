@@ -13,6 +13,7 @@ part; `shards` tells which ranks hold the same one.
 from __future__ import annotations
 
 import base64
+import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from trainonce.worker.torch_private import (
 from trainonce.worker.transfer import Digest, as_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -86,6 +87,11 @@ class Protected:
             for key, buffer in module.named_buffers()
         )
         self._local = _running_statistics(self.modules)
+        # Read for every parameter in every step.
+        split = any(local_of(tensor) is not tensor for _, tensor in self._parameters)
+        self._version_of: Callable[[torch.Tensor], int] = (
+            version_of if split else operator.attrgetter("_version")
+        )
         self._sharding = [each for each in self.modules.values() if shards_parameters(each)]
         self._small: dict[str, Any] = {}
         self._parameter_versions = self._versions(self._parameters)
@@ -172,9 +178,9 @@ class Protected:
 
     # ------------------------------------------------------------------ watching for changes
 
-    @staticmethod
-    def _versions(tensors: Named) -> list[int]:
-        return [version_of(tensor) for _, tensor in tensors]
+    def _versions(self, tensors: Named) -> list[int]:
+        version = self._version_of
+        return [version(tensor) for _, tensor in tensors]
 
     def parameters_changed(self) -> bool:
         """Tell whether a parameter was written to since the last commit."""
@@ -182,7 +188,8 @@ class Protected:
 
     def _gradients(self) -> list[tuple[weakref.ref[torch.Tensor], int] | None]:
         found = [parameter.grad for _, parameter in self._parameters]
-        return [None if grad is None else (weakref.ref(grad), version_of(grad)) for grad in found]
+        version = self._version_of
+        return [None if grad is None else (weakref.ref(grad), version(grad)) for grad in found]
 
     def gradients_wait(self) -> bool:
         """Tell whether there are gradients that came after the last commit.
@@ -194,7 +201,7 @@ class Protected:
             grad = parameter.grad
             if grad is None:
                 continue
-            if old is None or old[0]() is not grad or old[1] != version_of(grad):
+            if old is None or old[0]() is not grad or old[1] != self._version_of(grad):
                 return True
         return any(unreduced_gradients(module) for module in self._sharding)
 

@@ -83,8 +83,8 @@ class Incident(Event):
         detail: One phrase: "SIGKILL", "exit code 1", "no progress for 12.0 s".
         detected_by: "process exit", "progress", "stopped process", "collective", "request",
             "digest".
-        served_by: "migration", "rebuild", "reform", "mirror", "checkpoint", "restart",
-            "repair" or "none" where the job ended.
+        served_by: "migration", "rebuild", "shadow", "reform", "mirror", "checkpoint",
+            "restart", "repair" or "none" where the job ended.
         planned: A move that was asked for.
         chaos: Injected by a fault plan.
         step: Committed steps of the job when it happened.

@@ -28,6 +28,9 @@ PRECISION = EnvVar("TRAINONCE_PRECISION", "default precision lever for a whole c
 PRELOAD = EnvVar("TRAINONCE_PRELOAD", "0: start spares afresh, not by a fork (1)")
 
 # Set by the launcher for its workers; users do not set these.
+REDUNDANCY = EnvVar(
+    "TRAINONCE_REQUIRE_REDUNDANCY", "set by the launcher: further copies that all state must have"
+)
 JOB = EnvVar("TRAINONCE_JOB", "set by the launcher: id of the job")
 WORKER = EnvVar("TRAINONCE_WORKER", "set by the launcher: id of this worker within the job")
 CONTROL_FD = EnvVar("TRAINONCE_CONTROL_FD", "set by the launcher: socket to the controller")
@@ -37,8 +40,8 @@ SPARE = EnvVar("TRAINONCE_SPARE", "set by the launcher: 1 in a worker that holds
 TEST_RECORDS = EnvVar("TRAINONCE_TEST_RECORDS", "set by trainonce.testing: folder for records")
 
 ALL = (
-    HOME, STORE, PROJECT, PRECISION, PRELOAD, JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE,
-    TEST_RECORDS,
+    HOME, STORE, PROJECT, PRECISION, PRELOAD, REDUNDANCY, JOB, WORKER, CONTROL_FD, PROGRESS_FD,
+    SPARE, TEST_RECORDS,
 )  # fmt: skip
 
 

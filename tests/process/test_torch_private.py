@@ -8,6 +8,8 @@ import inspect
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -184,3 +186,59 @@ def test_gloo_takes_its_device_and_timeout_from_private_options():
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     assert hasattr(options, "_timeout")
+
+
+@pytest.fixture
+def sharded():
+    """A layer under FSDP2 on a mesh of one rank, and its optimizer."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+        mesh = init_device_mesh("cpu", (1,))
+        fully_shard(module[0], mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        yield module, torch.optim.AdamW(module.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_local_part_of_a_dtensor_is_found_and_every_write_is_counted(sharded):
+    module, optimizer = sharded
+    weight = module[0].weight
+    local = torch_private.local_of(weight)
+    assert type(local) is torch.Tensor
+    assert torch.equal(local, weight.to_local())
+    assert torch_private.local_of(local) is local
+    before = torch_private.version_of(weight)
+    module(torch.randn(2, 4)).sum().backward()
+    assert torch_private.local_of(weight) is local
+    assert torch_private.version_of(weight) == before
+    gradient = torch_private.version_of(weight.grad)
+    module(torch.randn(2, 4)).sum().backward()
+    assert torch_private.version_of(weight.grad) > gradient
+    optimizer.step()
+    assert torch_private.version_of(weight) > before
+    with torch.no_grad():
+        local.add_(1)
+    assert torch_private.version_of(weight) > before + 1
+
+
+def test_gradients_that_wait_in_fsdp2_for_their_reduction_are_seen(sharded):
+    module, _ = sharded
+    assert torch_private.shards_parameters(module)
+    assert not torch_private.shards_parameters(torch.nn.Linear(1, 1))
+    module(torch.randn(2, 4)).sum().backward()
+    assert not torch_private.unreduced_gradients(module)
+    module.set_requires_gradient_sync(False)
+    module(torch.randn(2, 4)).sum().backward()
+    assert torch_private.unreduced_gradients(module)
+    module.set_requires_gradient_sync(True)
+    module(torch.randn(2, 4)).sum().backward()
+    assert not torch_private.unreduced_gradients(module)
+
+
+def test_modules_below_a_compiled_one_are_left_out():
+    module = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Sequential(torch.nn.GELU()))
+    assert len(torch_private.visible_modules(module)) == 4
+    module[1].compile(backend="eager")
+    assert torch_private.visible_modules(module) == [module, module[0]]

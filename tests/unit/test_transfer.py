@@ -86,7 +86,7 @@ def move(wire, given, taken):
         target=lambda: sender.set_result(transfer.send_state(wire, (1,), given))
     )
     thread.start()
-    found = transfer.receive_state(wire, 0, taken)
+    found = transfer.receive_parts(wire, [0], [taken])
     thread.join()
     return found, sender.result()
 

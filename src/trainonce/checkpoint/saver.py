@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from trainonce.errors import CheckpointError
 from trainonce.events import CheckpointSaved
@@ -64,6 +65,7 @@ class AsyncSaver:
         nonce: str,
         rank_payload: bytes,
         state: Mapping[str, torch.Tensor] | None = None,
+        part: Mapping[str, torch.Tensor] | None = None,
         tree: bytes = b"",
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
@@ -82,7 +84,8 @@ class AsyncSaver:
             nonce: The same on all ranks, and another one at each attempt.
             rank_payload: What this rank keeps to itself.
             state: Name to tensor; None on the ranks that do not commit. May change as soon
-                as this returns.
+                as this returns. Of a DTensor the local part is written.
+            part: On the other ranks: split tensors of which this one writes its part.
             tree: Small replicated state, encoded.
             model_names: As for `Staging.write_replicated`.
             storage_dtypes: As for `Staging.write_replicated`.
@@ -95,13 +98,18 @@ class AsyncSaver:
         begun_s = self.store.clock.mono_s()
         self.wait()
         self._saved = None
-        staged = None if state is None else self._stage(state)
+        mine = part if state is None else state
+        staged = None if mine is None else self._stage(mine)
         blocked_s = self.store.clock.mono_s() - begun_s
 
         def write() -> None:
             try:
                 staging = self.store.begin(step, world_size, nonce=nonce)
-                if staged is None:
+                if state is None or staged is None:
+                    if staged:
+                        staging.write_part(
+                            rank, staged, model_names=model_names, storage_dtypes=storage_dtypes
+                        )
                     staging.write_rank(rank, rank_payload)
                     return
                 begun_s = self.store.clock.mono_s()
@@ -146,15 +154,19 @@ class AsyncSaver:
         staged: dict[str, torch.Tensor] = {}
         devices: set[torch.device] = set()
         for name, tensor in state.items():
+            local = tensor.detach()
+            local = local.to_local() if isinstance(local, DTensor) else local
             buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            staged[name] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-            if tensor.is_cuda:
-                devices.add(tensor.device)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            self._buffers[name] = buffer.copy_(local, non_blocking=local.is_cuda)
+            staged[name] = _like(tensor, buffer)
+            if local.is_cuda:
+                devices.add(local.device)
+        for name in self._buffers.keys() - staged.keys():
+            del self._buffers[name]
         for device in devices:
             torch.cuda.synchronize(device)
-        self._buffers = staged
         return staged
 
     def _report(self, info: CheckpointInfo, blocked_s: float, begun_s: float, reason: str) -> None:
@@ -171,6 +183,20 @@ class AsyncSaver:
         )
         if self._on_saved is not None:
             self._on_saved(self._saved)
+
+
+def _like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return `local` as the same part of a whole as `tensor` is."""
+    if not isinstance(tensor, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def young_interval_s(cost_s: float, mtbf_s: float, *, write_s: float = 0.0) -> float:

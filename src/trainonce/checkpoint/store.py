@@ -6,7 +6,8 @@
                                            the same step again is step-000000120.1
         manifest.json                      every other file, its size and checksum
         model.safetensors                  the model's tensors
-        state.safetensors                  the other replicated tensors
+        state.safetensors                  the other tensors
+        model-00003.safetensors …          where tensors are split, the parts of rank 3
         model.safetensors.index.json       which tensor is in which file
         tree.bin                           small replicated state, by wire.encoding
         rank-00000.bin …                   what each rank keeps to itself, opaque here
@@ -289,20 +290,50 @@ class Staging:
             CheckpointError: It cannot be written.
         """
         self._take_lock()
-        narrow = {
-            name: dtype
-            for name, dtype in (storage_dtypes or {}).items()
-            if name in state and state[name].dtype != dtype and state[name].is_floating_point()
-        }
-        self._rounded = {name: str(state[name].dtype).removeprefix("torch.") for name in narrow}
-        stored = {
-            name: tensor.to(narrow[name]) if name in narrow else tensor
-            for name, tensor in state.items()
-        }
+        stored = self._narrow(state, storage_dtypes or {})
         with files.explained("writing", self.path):
             if stored:
                 tensors.write_tensors(self.path, stored, model_names)
             (self.path / _TREE).write_bytes(tree)
+
+    def write_part(
+        self,
+        rank: int,
+        state: Mapping[str, torch.Tensor],
+        *,
+        model_names: Collection[str] = (),
+        storage_dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """Write this rank's parts of split tensors; called by others than the committing rank.
+
+        To be complete before `write_rank`, for which the committing rank waits.
+
+        Args:
+            rank: Who writes.
+            state: Name to DTensor, of which the local part is written.
+            model_names: As for `write_replicated`.
+            storage_dtypes: As for `write_replicated`.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        stored = self._narrow(state, storage_dtypes or {})
+        with files.explained("writing", self.path):
+            tensors.write_tensors(self.path, stored, model_names, part=rank)
+
+    def _narrow(
+        self, state: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
+    ) -> dict[str, torch.Tensor]:
+        narrow = {
+            name: dtype
+            for name, dtype in dtypes.items()
+            if name in state and state[name].dtype != dtype and state[name].is_floating_point()
+        }
+        self._rounded = {name: str(state[name].dtype).removeprefix("torch.") for name in narrow}
+        return {
+            name: tensor.to(narrow[name]) if name in narrow else tensor
+            for name, tensor in state.items()
+        }
 
     def commit(
         self, *, timeout_s: float = 600.0, notes: dict[str, Any] | None = None

@@ -108,13 +108,15 @@ class IncidentTracker:
             incident.bytes_moved += report.bytes_moved
             # A drained rank stood at a commit: its successor begins the step, and repeats none.
             incident.recomputed += 0 if incident.planned else report.recompute
+            if report.from_shadow:
+                incident.served_by = "shadow"
             if report.digest and newcomer and rank in incident.ranks:
                 incident.digest_after = report.digest
             elif report.digest and not newcomer:
                 incident.digest_before = report.digest
 
-    def recovered(self, *, restarted_at: int | None = None) -> None:
-        """Note that all ranks are consistent; after a restart, at which step they stand."""
+    def recovered(self, *, restarted_at: int | None = None, from_shadow: bool = False) -> None:
+        """Note that all ranks are consistent; after a restart, at which step, and from where."""
         now = self._clock.mono_s()
         served = [i for i in self.open if i.announced and not i.recovered_mono_s]
         for incident in served:
@@ -124,6 +126,7 @@ class IncidentTracker:
             # Shared between those that led to it: their sum is what was lost, once.
             for place, incident in enumerate(reversed(served)):
                 incident.formed_step = restarted_at
+                incident.served_by = "shadow" if from_shadow else incident.served_by
                 incident.steps_lost = (lost + len(served) - 1 - place) // len(served)
         self._close_ready()
 
@@ -216,6 +219,7 @@ def _how_served(event: Incident) -> str:
     how = {
         "rebuild": f"{taker} took {place}",
         "migration": f"{taker} took {place}",
+        "shadow": f"{taker} took {place}, from the shadow of the state",
         "reform": "the same ranks connected again",
         "restart": "all ranks were started again from the beginning",
         "checkpoint": "all ranks went on from the last checkpoint",

@@ -130,6 +130,7 @@ class Job:
         self.uses_trainonce = False
         self.all_ready = False
         self.restarting = False
+        self.resumed = ""
         self.stopping = 0
         self.exit_code: int | None = None
         self.outcome = ""
@@ -141,6 +142,7 @@ class Job:
         self.resume_from = ""
         self._initial_resume = resume
         self._mirrors: dict[int, int] = {}
+        self._shadows: dict[int, int] = {}
         self._next_worker = 0
         self._said: set[str] = set()
 
@@ -288,6 +290,24 @@ class Job:
             os.close(old)
         self._mirrors[rank] = fd
 
+    def keep_shadow(self, rank: int, fd: int) -> None:
+        """Hold the shared memory with a copy of the state of `rank`; owns `fd`."""
+        if (old := self._shadows.pop(rank, None)) is not None:
+            os.close(old)
+        self._shadows[rank] = fd
+
+    @property
+    def has_shadows(self) -> bool:
+        """Whether there is a shadow of every rank's state."""
+        return len(self._shadows) == self.options.nproc
+
+    def drop_shadows(self) -> None:
+        """Let go of all shadows: the job is over."""
+        for fd in self._shadows.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._shadows.clear()
+
     def drop_mirrors(self) -> None:
         """Let go of all mirrors: all ranks start again, or the job is over."""
         for fd in self._mirrors.values():
@@ -302,7 +322,9 @@ class Job:
             return
         membership = self.membership
         newcomer = rank in membership.newcomers
-        fds = (self._mirrors[rank],) if newcomer and rank in self._mirrors else ()
+        mirror = (self._mirrors[rank],) if newcomer and rank in self._mirrors else ()
+        starts = newcomer or (membership.generation == 1 and self.has_shadows)
+        shadow = (self._shadows[rank],) if starts and rank in self._shadows else ()
         message = Generation(
             generation=membership.generation,
             rank=rank,
@@ -318,6 +340,7 @@ class Job:
                 and fault.index not in self.fired
             ],
             resume="" if self.all_ready else self.resume_from,
-            mirrors=len(fds),
+            mirrors=len(mirror),
+            shadows=len(shadow),
         )
-        handle.send(message, fds)
+        handle.send(message, (*mirror, *shadow))

@@ -37,6 +37,7 @@ class RunOptions:
             not use trainonce, 3 for one that does).
         job: Id of the job; empty to make one up.
         resume: Id of an earlier job, or folder of a checkpoint, to start from.
+        redundancy: Refuse to train unless all state has so many copies beside the one in use.
         chaos: The fault plan.
         hang: Limits of the hang detection.
         grace_s: After SIGTERM or Ctrl-C, time to finish the step and write a checkpoint.
@@ -61,6 +62,7 @@ class RunOptions:
     max_restarts: int | None = None
     job: str = ""
     resume: str = ""
+    redundancy: int = 0
     chaos: tuple[Fault, ...] = ()
     hang: HangLimits = field(default_factory=HangLimits)
     grace_s: float = 30.0
@@ -83,6 +85,10 @@ class RunOptions:
             )
         if self.spares < 0:
             raise ConfigError(f"--spares is {self.spares}", hint="give 0 or more")
+        if self.redundancy < 0:
+            raise ConfigError(
+                f"--require-redundancy is {self.redundancy}", hint="give 0 or more further copies"
+            )
         if self.max_restarts is not None and self.max_restarts < 0:
             raise ConfigError(f"--max-restarts is {self.max_restarts}", hint="give 0 or more")
         if self.grace_s < 0:
@@ -159,6 +165,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--grace-s", type=float, default=None, help="time to end cleanly after SIGTERM (30)")
     option("--job-id", default="", help="id of the job; made up by default")
     option("--resume", default="", metavar="JOB", help="start from the checkpoint of this job")
+    option("--require-redundancy", type=int, default=0, metavar="N",
+           help="refuse to train state with fewer further copies (0)")  # fmt: skip
     option("--max-restarts", type=int, default=None, help="restarts of all ranks (see the docs)")
     flag("-m", "--module", help="the script is a module, as with python -m")
     flag("--no-python", help="run the script directly, without python")
@@ -225,6 +233,7 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         max_restarts=args.max_restarts,
         job=args.job_id,
         resume=args.resume,
+        redundancy=args.require_redundancy,
         chaos=tuple(parse_plan(args.chaos)),
         hang=hang,
         grace_s=30.0 if grace_s is None else float(grace_s),

@@ -50,6 +50,7 @@ class Recovery:
         self._ending = ending
         self._oom = oom.OomCounter()
         self._restarts = 0
+        self._restarted_at = -1
         self._spare_deaths = 0
         self._reforms: tuple[int, int] = (-1, 0)
         self._start_is_due = False
@@ -284,7 +285,9 @@ class Recovery:
         membership = job.membership
         restarted = membership.generation == 1 and membership.incarnation > 0
         at = min(handle.process.progress["commits"] for handle in job.ranked())
-        job.incidents.recovered(restarted_at=at if restarted else None)
+        job.incidents.recovered(
+            restarted_at=at if restarted else None, from_shadow=job.resumed == "shadow"
+        )
         job.record(
             GenerationFormed(
                 generation=membership.generation,
@@ -331,6 +334,9 @@ class Recovery:
         job = self._job
         if job.restarting or job.is_ending:
             return
+        if job.has_shadows and job.step > self._restarted_at:
+            self._restarts = 0  # nothing is lost by one, and the job gets on between them
+        self._restarted_at = job.step
         if self._restarts >= job.max_restarts:
             self._ending.finish(
                 ExitCode.NOT_RECOVERED,
@@ -345,6 +351,8 @@ class Recovery:
             served_by = "restart"
         job.incidents.announce(served_by)
         source = f"from {resume}" if resume else "from the beginning"
+        if job.has_shadows:
+            source = "from the shadows of their state"
         job.say(f"{why}: starting all ranks again, {source}")
         for handle in job.ranked():
             handle.dismissed = True

@@ -59,6 +59,7 @@ class Supervisor:
             messages.Ready: self._on_ready,
             messages.Parked: self._on_parked,
             messages.Mirror: self._on_mirror,
+            messages.Shadow: self._on_shadow,
             messages.PeerLost: self._on_peer_lost,
             messages.Formed: self._on_formed,
             messages.FaultFiring: self._on_fault_firing,
@@ -160,6 +161,7 @@ class Supervisor:
                 handle.process.reap()
             job.forget(handle)
         job.drop_mirrors()
+        job.drop_shadows()
         if job.exit_code is not None:
             self.watch.record_progress()
             job.record(
@@ -254,6 +256,7 @@ class Supervisor:
         handle.ready = True
         if handle.rank < 0:
             return
+        job.resumed = message.resumed
         if job.membership.generation == 1:
             self.recovery.join(handle.rank)
         ranked = job.ranked()
@@ -276,6 +279,13 @@ class Supervisor:
         fd = handle.process.channel.take_fd()
         if handle.rank == message.rank:
             self.job.keep_mirror(message.rank, fd)
+        else:
+            os.close(fd)
+
+    def _on_shadow(self, handle: WorkerHandle, message: messages.Shadow) -> None:
+        fd = handle.process.channel.take_fd()
+        if handle.rank == message.rank:
+            self.job.keep_shadow(message.rank, fd)
         else:
             os.close(fd)
 

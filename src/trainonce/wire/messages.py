@@ -40,11 +40,18 @@ class Ready:
 
     Until every rank is ready nothing is committed, and a death restarts the generation from
     the beginning of the script. After, the dead rank is rebuilt.
+
+    Args:
+        mirror_bytes: Memory of the local state's mirror.
+        log_bytes: Memory of the collectives' log.
+        state_bytes: Protected state that this rank holds.
+        resumed: Where it comes from: "shadow", "checkpoint", or empty for the beginning.
     """
 
     mirror_bytes: int = 0
     log_bytes: int = 0
     state_bytes: int = 0
+    resumed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +79,14 @@ class Mirror:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shadow:
+    """Comes with one descriptor: shared memory that holds a copy of this rank's state."""
+
+    rank: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeerLost:
     """A collective failed although no new generation was announced."""
 
@@ -93,6 +108,7 @@ class Formed:
             empty where neither applies.
         error: Why the worker could not be made consistent from living copies; empty where
             all is well.
+        from_shadow: The state came from the shadow that the rank had left.
     """
 
     generation: int
@@ -101,6 +117,7 @@ class Formed:
     bytes_moved: int = 0
     digest: str = ""
     error: str = ""
+    from_shadow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +187,7 @@ class Generation:
         faults: Remaining entries of the chaos plan for this rank.
         resume: Folder of the durable checkpoint to start from; empty for none.
         mirrors: How many descriptors come along (0 or 1): the mirror of the dead rank.
+        shadows: How many come after it (0 or 1): the shadow of its state.
     """
 
     generation: int
@@ -181,6 +199,7 @@ class Generation:
     faults: list[dict[str, Any]] = field(default_factory=lambda: [])
     resume: str = ""
     mirrors: int = 0
+    shadows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,14 +233,14 @@ class Exit:
 
 
 Message = (
-    Hello | Ready | Parked | Mirror | PeerLost | Formed | FaultFiring | Drained | Done
+    Hello | Ready | Parked | Mirror | Shadow | PeerLost | Formed | FaultFiring | Drained | Done
     | Failed | Report | Note | Generation | Committed | Drain | Checkpoint | DumpStacks | Exit
 )  # fmt: skip
 
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        Hello, Ready, Parked, Mirror, PeerLost, Formed, FaultFiring, Drained, Done,
+        Hello, Ready, Parked, Mirror, Shadow, PeerLost, Formed, FaultFiring, Drained, Done,
         Failed, Report, Note, Generation, Committed, Drain, Checkpoint, DumpStacks, Exit,
     )
 }  # fmt: skip

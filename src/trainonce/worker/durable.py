@@ -21,8 +21,10 @@ import torch.distributed as dist
 
 from trainonce.checkpoint.saver import AsyncSaver, young_interval_s
 from trainonce.checkpoint.store import CheckpointStore
+from trainonce.checkpoint.tensors import is_mine_to_write
 from trainonce.errors import CheckpointError
 from trainonce.wire.messages import Note, Report
+from trainonce.worker.shards import keeps_a_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,13 +180,19 @@ class Durable:
         runner = self._runner
         protected = runner.protected
         assert protected is not None
-        state, tree = None, b""
-        names: list[str] = []
-        if runner.rank == 0:
-            image = protected.live()
-            state = dict(image.tensors)
-            tree = json.dumps(protected.describe(image)).encode()
-            names = [name for name, _ in protected.parameters()]
+        if any(keeps_a_part(optimizer) for optimizer in protected.optimizers.values()):
+            text = (
+                "no durable checkpoint is written: an optimizer splits its state between ranks by"
+                " itself (ZeroRedundancyOptimizer); FSDP2 with reshard_after_forward=False takes"
+                " as little memory and can be saved"
+            )
+            self._notify(Note(key="checkpoint-zero", level="warning", text=text))
+            return
+        whole = protected.whole()
+        mine = {name: t for name, t in whole.items() if is_mine_to_write(t, runner.rank)}
+        names = [name for name, _ in protected.parameters()]
+        first = runner.rank == 0
+        tree = json.dumps(protected.describe_whole()).encode() if first else b""
         dtype = self._settings.parameter_dtype
         try:
             self._saver.save(
@@ -193,7 +201,8 @@ class Durable:
                 world_size=runner.world_size,
                 nonce=f"{os.environ.get('TRAINONCE_JOB', 'solo')}-{self._next_poll}",
                 rank_payload=runner.local.payload,
-                state=state,
+                state=mine if first else None,
+                part=None if first else mine,
                 tree=tree,
                 model_names=names,
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
@@ -220,8 +229,12 @@ class Durable:
 
     # ------------------------------------------------------------------ resuming
 
-    def resume(self, folder: Path) -> tuple[int, bytes] | None:
+    def resume(self, folder: Path, *, beyond: int = -1) -> tuple[int, bytes] | None:
         """Load the newest sound checkpoint in `folder`. Collective: all ranks agree on one.
+
+        Args:
+            folder: Of the job.
+            beyond: Only one of more committed steps than this.
 
         Returns:
             Its committed steps, and this rank's local record; None if there is no checkpoint.
@@ -231,10 +244,10 @@ class Durable:
         assert protected is not None
         store = CheckpointStore(folder, self._settings.keep_last)
         info = self._choose(store)
-        if info is None:
+        if info is None or info.step <= beyond:
             return None
         tree = json.loads(store.load(info, verify=False).tree)
-        loaded = store.load(info, dict(protected.prepare(tree)), verify=False)
+        loaded = store.load(info, protected.prepare_whole(tree), verify=False)
         # A rank that the saved job did not have begins with rank 0's local state.
         payload = loaded.rank_payload(runner.rank) or loaded.rank_payload(0)
         if payload is None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainonce.errors import TrainOnceError
 from trainonce.wire.messages import Formed, PeerLost
 from trainonce.worker.inner import InnerGroup
 from trainonce.worker.oplog import SETUP, UNSHARED, BufferPool, GroupLog, Op, OpState
-from trainonce.worker.plan import Plan, RankReport, ResultTransfer, plan_recovery
+from trainonce.worker.plan import Donation, Plan, RankReport, ResultTransfer, plan_recovery
 from trainonce.worker.transfer import receive_tensors, send_tensors
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 WORLD = "world"
+_POLL_S = 0.002
 
 
 class Superseded(Exception):
@@ -63,12 +65,25 @@ class Host(Protocol):
         """Tell whether the state as of the last commit can be given now."""
         ...
 
-    def donate(self, inner: InnerGroup, targets: tuple[int, ...]) -> tuple[str, int]:
-        """Give the state; return its digest and the bytes sent."""
+    def donate(self, inner: InnerGroup, donation: Donation) -> tuple[str, int]:
+        """Give this rank's part of the state; return the digest of all parts and the bytes sent."""
         ...
 
-    def receive(self, inner: InnerGroup, donor: int, commits: int) -> tuple[str, int]:
+    def receive(self, inner: InnerGroup, donation: Donation, plan: Plan) -> tuple[str, int]:
         """Take the state; return its digest and the bytes received."""
+        ...
+
+    def restore(self, plan: Plan) -> tuple[str, int]:
+        """Take the state from the shadow that the rank left; return its digest and bytes."""
+        ...
+
+    def shadow_commits(self) -> list[int]:
+        """For which numbers of committed steps the rank left a whole shadow of its state."""
+        ...
+
+    @property
+    def shards(self) -> list[str]:
+        """Shard key of each rank; empty where nothing is split, or not known yet."""
         ...
 
     def formed(self, message: Generation) -> None:
@@ -118,6 +133,12 @@ class Fabric:
         self.order_root = 0
         # torch makes a group on its members only; the others are told.
         self.subgroups_elsewhere = False
+        # Where state is rebuilt from shadows, a step's results stay until all have one past it:
+        # set around the operation that says so.
+        self.keeps_step = False
+        # Set while what is issued is complete on all ranks before any rank can commit.
+        self.early = False
+        self.settling = False
 
     # ------------------------------------------------------------------ training threads
 
@@ -147,6 +168,7 @@ class Fabric:
         interval = self.host.before_submit(group, op)
         self._replayable.wait()
         with self.lock:
+            op.settles, op.early = self.settling, self.early
             known = group.add(op, self.interval if interval is None else interval)
             self._progress["issued"] += 1
             if not known and not self._broken and group.inner is not None:
@@ -163,9 +185,9 @@ class Fabric:
     def drain_pending(self) -> None:
         """Wait for every operation issued so far."""
         with self.lock:
-            waiting = [op for group in self._groups.values() for op in group.unfinished()]
-        for op in waiting:
-            op.future.wait()
+            waiting = [op.future for group in self._groups.values() for op in group.unfinished()]
+        for future in waiting:
+            future.wait()
 
     def spanned(self) -> bool:
         """Tell whether an operation over all ranks was issued in this interval."""
@@ -182,6 +204,9 @@ class Fabric:
     def commit(self) -> None:
         """Close the interval. The caller holds the update gate."""
         with self.lock:
+            if not self.keeps_step:
+                for group in self._groups.values():
+                    group.release_early(self.interval, self.pool)
             self.commits += 1
             self.interval = self.commits
 
@@ -210,6 +235,36 @@ class Fabric:
         future = work.get_future()
         future.add_done_callback(lambda done: self._inner_done(group, op, attempt, done))
 
+    def _issue_all(self, group: GroupLog) -> None:
+        """Issue what was not completed, and what others lack. The lock is held."""
+        for op in group.to_issue():
+            if op.state is OpState.PENDING:
+                self._issue(group, op)
+            else:
+                self._serve_again(group, op)
+
+    def _serve_again(self, group: GroupLog, op: Op) -> None:
+        """Issue an operation that is complete here, for those who lack it. The lock is held."""
+        try:
+            work, buffers = op.launch(group.inner)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            self._inner_failed(str(error))
+            return
+        generation = self.generation
+
+        def served(done: Any) -> None:
+            with self.lock:
+                try:
+                    done.value()
+                except RuntimeError as error:
+                    self.pool.forget(buffers)
+                    if generation == self.generation:
+                        self._inner_failed(str(error))
+                else:
+                    self.pool.give(buffers)
+
+        work.get_future().add_done_callback(served)
+
     def _inner_done(self, group: GroupLog, op: Op, attempt: int, done: Any) -> None:
         try:
             done.value()
@@ -229,14 +284,16 @@ class Fabric:
         with self.lock:
             op.state = OpState.DONE
             self._progress["completed"] += 1
-            if op.interval == UNSHARED:
+            if op.interval == UNSHARED or op.kept:
                 self.pool.give(op.buffers)
                 op.buffers = []
             # Every rank has issued this one, hence committed what came before it.
-            if group.spans_world and op.interval == self.interval:
+            passed = op.settles or not self.keeps_step
+            if group.spans_world and op.interval == self.interval and passed:
                 for each in self._groups.values():
                     each.release_before(op.interval, self.pool)
         op.future.set_result(op.value)
+        op.let_go()
 
     def _inner_failed(self, error: str) -> None:
         """Tell the controller, once a generation. The lock is held."""
@@ -264,6 +321,7 @@ class Fabric:
                 self._forming = None
             for group in self._groups.values():
                 group.inner = None
+                group.again.clear()
                 for op in group.pending():
                     op.attempt += 1
                     # The abandoned operation may still write there.
@@ -322,36 +380,65 @@ class Fabric:
             self._resume(message, inner)
             host.formed(message)
             return None  # the launcher waits for `Ready`
-        with host.frozen(lambda: self._is_superseded(message)):
-            self._check(message)
-            report = self._report(host, fresh=newcomer)
-            gathered = inner.gather_bytes(json.dumps(report.to_record()).encode())
-            reports = [RankReport.from_record(json.loads(one)) for one in gathered]
-            plan = plan_recovery(reports)
-            self.subgroups_elsewhere |= any(
-                len(ranks) < len(reports) for each in reports for ranks in each.groups.values()
-            )
-            self.order_root = plan.order_root
-            completed, received_bytes = self._move_results(plan, inner)
-            self._replayable.set()
-            if newcomer:
-                # Its script runs on through set-up, served from the log, to where it restores.
-                host.wait_restorable(lambda: self._is_superseded(message))
-            digest, moved = self._move_state(plan, inner, host)
-            inner.barrier()
-            self._check(message)
-            formed = Formed(
-                generation=message.generation,
-                step=plan.commits,
-                recompute=int(newcomer),
-                bytes_moved=moved + received_bytes,
-                digest=digest,
-            )
-            self._resume(message, inner)
-            host.formed(message)
-        for group, op in completed:
-            self._finish(group, op)
+        received_bytes = 0
+        formed: Formed | None = None
+        while formed is None:
+            with host.frozen(lambda: self._is_superseded(message)):
+                self._check(message)
+                plan = self._agree(host, inner, fresh=newcomer)
+                completed, moved = self._move_results(plan, inner)
+                received_bytes += moved
+                if not plan.catch_up:
+                    formed = self._hand_over(message, inner, plan, received_bytes)
+            for group, op in completed:
+                self._finish(group, op)
+            if self.rank in plan.catch_up:
+                self._wait_commits(message, plan.commits)
         return formed
+
+    def _agree(self, host: Host, inner: InnerGroup, *, fresh: bool) -> Plan:
+        """Exchange what each rank has, and return what is to be done about it."""
+        report = self._report(host, fresh=fresh)
+        gathered = inner.gather_bytes(json.dumps(report.to_record()).encode())
+        reports = [RankReport.from_record(json.loads(one)) for one in gathered]
+        self.subgroups_elsewhere |= any(
+            len(ranks) < len(reports) for each in reports for ranks in each.groups.values()
+        )
+        plan = plan_recovery(reports)
+        self.order_root = plan.order_root
+        return plan
+
+    def _hand_over(
+        self, message: Generation, inner: InnerGroup, plan: Plan, received_bytes: int
+    ) -> Formed:
+        """Move state, and go on in the new generation. Updates are held back."""
+        assert self.host is not None
+        host = self.host
+        newcomer = message.rank in message.newcomers
+        self._replayable.set()
+        if newcomer:
+            # Its script runs on through set-up, served from the log, to where it restores.
+            host.wait_restorable(lambda: self._is_superseded(message))
+        digest, moved = self._move_state(plan, inner, host)
+        inner.barrier()
+        self._check(message)
+        formed = Formed(
+            generation=message.generation,
+            step=plan.restores.get(self.rank, plan.commits),
+            recompute=plan.num_recomputed(self.rank) if newcomer else 0,
+            bytes_moved=moved + received_bytes,
+            digest=digest,
+            from_shadow=self.rank in plan.restores,
+        )
+        self._resume(message, inner)
+        host.formed(message)
+        return formed
+
+    def _wait_commits(self, message: Generation, commits: int) -> None:
+        """Wait until this rank has committed so many steps, for which it has all results."""
+        while self.commits < commits:
+            self._check(message)
+            time.sleep(_POLL_S)
 
     def _report(self, host: Host, *, fresh: bool) -> RankReport:
         with self.lock:
@@ -364,27 +451,34 @@ class Fabric:
                 original=self._original,
                 groups={key: group.ranks for key, group in self._groups.items()},
                 ops={
-                    (key, interval, seq): (signature, done)
+                    (key, interval, seq): (signature, known)
                     for key, group in self._groups.items()
-                    for interval, seq, signature, done in group.describe(intervals)
+                    for interval, seq, signature, known in group.describe(intervals)
                 },
+                shards=[] if fresh else host.shards,
+                shadows=host.shadow_commits() if fresh else [],
             )
 
     def _move_state(self, plan: Plan, inner: InnerGroup, host: Host) -> tuple[str, int]:
-        if plan.donor is None:
-            return "", 0
-        if self.rank == plan.donor:
-            host.fault_point("donate")
-            digest, _ = host.donate(inner, plan.state_to)
-            return digest, 0
-        if self.rank in plan.state_to:
-            return host.receive(inner, plan.donor, plan.commits)
+        if self.rank in plan.restores:
+            return host.restore(plan)
+        for donation in plan.donations:
+            if self.rank in donation.sources:
+                host.fault_point("donate")
+                digest, _ = host.donate(inner, donation)
+                return digest, 0
+            if self.rank in donation.targets:
+                return host.receive(inner, donation, plan)
         return "", 0
 
     def _move_results(self, plan: Plan, inner: InnerGroup) -> tuple[list[tuple[GroupLog, Op]], int]:
         """Hand logged results over; return the operations that now have theirs, and bytes."""
         completed: list[tuple[GroupLog, Op]] = []
         received_bytes = 0
+        with self.lock:
+            for key, interval, seq in plan.again:
+                if key in self._groups:
+                    self._groups[key].again.add((interval, seq))
         for transfer in plan.results:
             key, interval, seq = transfer.name
             if self.rank == transfer.source:
@@ -425,8 +519,7 @@ class Fabric:
             for group in self._groups.values():
                 if group is self.world:
                     group.inner = inner
-                    for op in group.pending():
-                        self._issue(group, op)
+                    self._issue_all(group)
                 else:
                     self._form_beside(group, message)
 
@@ -450,7 +543,6 @@ class Fabric:
                     inner.abort()
                     return
                 group.inner = inner
-                for op in group.pending():
-                    self._issue(group, op)
+                self._issue_all(group)
 
         threading.Thread(target=form, name=f"form-{group.key}", daemon=True).start()

@@ -11,6 +11,7 @@ import torch
 
 from trainonce.wire.faults import Fault
 from trainonce.wire.messages import FaultFiring
+from trainonce.worker.torch_private import shards_parameters, visible_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -57,9 +58,24 @@ class FaultInjector:
         for module in modules:
             if "forward" in points:
                 module.register_forward_hook(lambda *_: self.at("forward"))
+            if "backward" in points:
+                self._watch_backward(module)
+
+    def _watch_backward(self, module: torch.nn.Module) -> None:
+        if not shards_parameters(module):
             trained = [p for p in module.parameters() if p.requires_grad]
-            if "backward" in points and trained:
+            if trained:
                 trained[len(trained) // 2].register_hook(lambda _: self.at("backward"))
+            return
+        # FSDP2 computes with parameters of its own making: watch what a layer gives instead.
+        layers = [each for each in visible_modules(module) if any(True for _ in each.parameters())]
+        layers[len(layers) // 2].register_forward_hook(
+            lambda _layer, _inputs, output: (
+                output.requires_grad
+                and output.register_hook(lambda _: self.at("backward"))
+                and None
+            )
+        )
 
     def at(self, point: str, commits: int | None = None) -> None:
         """Fire what is planned for this point, if anything.

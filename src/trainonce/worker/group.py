@@ -260,7 +260,7 @@ class OnceGroup(dist.ProcessGroup):
         self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None
     ) -> OnceWork:
         sizes = [output.numel()] * self._size
-        return self._reduce_part(output, tensor.reshape(-1).clone(), sizes, opts)
+        return self._reduce_part(output, tensor.reshape(-1), sizes, opts)
 
     def reduce_scatter_single(
         self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None
@@ -350,25 +350,40 @@ class OnceGroup(dist.ProcessGroup):
             deliver([tensor] * self._size)
             return self._done(value)
 
+        # In place of the result, which is as large as all inputs together.
+        kept = [self._take(tensor)] if self._fabric.early else []
+        source = kept[0] if kept else tensor
+
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
-            mine = tensor.detach().contiguous().cpu()
+            mine = source.detach().contiguous().cpu()
             with self._fabric.lock:
                 parts = [self._fabric.pool.take(mine) for _ in range(self._size)]
             return inner.pg.allgather([parts], [mine]), parts
 
-        return self._submit("all_gather", _signature("all_gather", tensor), launch, deliver, value)
+        signature = _signature("all_gather", tensor)
+        return self._submit("all_gather", signature, launch, deliver, value, kept)
 
     def _reduce_part(
         self, output: torch.Tensor, flat: torch.Tensor, sizes: list[int], opts: Any
     ) -> OnceWork:
-        every = dist.AllreduceOptions()
+        every: Any = dist.AllreduceOptions()
         if opts is not None:
             every.reduceOp = opts.reduceOp
         mine = self._current_rank()
         begin = sum(sizes[:mine])
-        return self._then(
-            self.allreduce([flat], every),
-            lambda: _copy(output, flat[begin : begin + sizes[mine]].view(output.shape)),
+
+        def deliver(result: list[torch.Tensor]) -> None:
+            _copy(output, result[0][begin : begin + sizes[mine]].view(output.shape))
+
+        _check_dense(flat)
+        if self._emulate("reduce_scatter", [flat]):
+            deliver([flat])
+            return self._done([output])
+        return self._submit(
+            "reduce_scatter",
+            _signature("reduce_scatter", flat, every.reduceOp.op.name),
+            lambda inner: _on_copy(self._take(flat), lambda copy: inner.pg.allreduce(copy, every)),
+            deliver,
             [output],
         )
 
@@ -384,10 +399,11 @@ class OnceGroup(dist.ProcessGroup):
         launch: Callable[[Any], tuple[Any, list[torch.Tensor]]],
         deliver: Callable[[list[torch.Tensor]], None],
         value: list[Any],
+        kept: list[torch.Tensor] | None = None,
     ) -> OnceWork:
         devices = sorted({t.device.index for t in value if _is_cuda(t)})
         future: torch.futures.Future[Any] = torch.futures.Future(devices=devices or None)
-        op = Op(kind, signature, launch, deliver, value, future)
+        op = Op(kind, signature, launch, deliver, value, future, kept=kept or [])
         self._fabric.submit(self._log, op)
         return OnceWork(future, self._waiting)
 

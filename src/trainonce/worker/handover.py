@@ -7,14 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainonce.errors import RecoveryError, TrainOnceError
+from trainonce.errors import RecoveryError, StateMismatchError, TrainOnceError
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
 from trainonce.worker.fabric import Superseded
 from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.shadow import fill
+from trainonce.worker.shards import stripe
 from trainonce.worker.spare import call_with_batch
-from trainonce.worker.transfer import receive_record, receive_state, send_record, send_state
+from trainonce.worker.state import Image, copy_tree
+from trainonce.worker.transfer import (
+    agree_on_digest,
+    receive_parts,
+    receive_record,
+    send_record,
+    send_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
     from trainonce.worker.fabric import Fabric
     from trainonce.worker.inner import InnerGroup
     from trainonce.worker.oplog import GroupLog, Op
+    from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
 
 _POLL_S = 0.005
@@ -62,6 +72,11 @@ class Handover:
     def is_newcomer(self) -> bool:
         """Whether this process takes over a rank that others have trained with."""
         return self._newcomer
+
+    @property
+    def shards(self) -> list[str]:
+        """Shard key of each rank; empty where nothing is split."""
+        return self._runner.shards
 
     # ------------------------------------------------------------------ operations
 
@@ -134,20 +149,47 @@ class Handover:
             return True
         return not (runner.execution.stepped or runner.protected.parameters_changed())
 
-    def donate(self, inner: InnerGroup, targets: tuple[int, ...]) -> tuple[str, int]:
-        """Send the state as of the last commit."""
+    def donate(self, inner: InnerGroup, donation: Donation) -> tuple[str, int]:
+        """Send this rank's part of the state as of the last commit.
+
+        Returns:
+            Digest of all parts in the first of the sources, of this one in the others; bytes.
+        """
         runner = self._runner
         assert runner.protected is not None
         image = runner.image or runner.protected.live()
-        record = runner.protected.describe(image)
-        record["trained"] = list(self._trained.items())
-        record["profiles"] = runner.profiles.to_record()
-        record["started_at"] = runner.started_at
-        record["reduces_means"] = runner.means.reduced(runner.commits)
-        record["poll"] = runner.durable.record() if runner.durable is not None else None
-        for target in targets:
-            send_record(inner, target, record)
-        return send_state(inner, targets, image.tensors)
+        place = donation.sources.index(runner.rank)
+        if place == 0:
+            record = self.describe(image)
+            for target in donation.targets:
+                send_record(inner, target, record)
+        part = stripe(image.tensors, place, len(donation.sources))
+        digest, size = send_state(inner, donation.targets, part)
+        return agree_on_digest(inner, donation.sources, place, digest), size
+
+    def describe(self, image: Image) -> dict[str, Any]:
+        """Return all that a successor needs beside the bytes of `image`, as plain values."""
+        runner = self._runner
+        assert runner.protected is not None
+        return {**runner.protected.describe(image), **self._describe_rest()}
+
+    def describe_later(self) -> Callable[[], dict[str, Any]]:
+        """Return what gives the description of the state as it is now, on another thread."""
+        protected = self._runner.protected
+        assert protected is not None
+        rest, image, small = self._describe_rest(), protected.live(), protected.small
+        image = Image(image.tensors, copy_tree(image.scalars))
+        return lambda: {**protected.describe(image, small), **rest}
+
+    def _describe_rest(self) -> dict[str, Any]:
+        runner = self._runner
+        return {
+            "trained": list(self._trained.items()),
+            "profiles": runner.profiles.to_record(),
+            "started_at": runner.started_at,
+            "reduces_means": runner.means.reduced(runner.commits),
+            "poll": runner.durable.record() if runner.durable is not None else None,
+        }
 
     def watch_passes(self, trained: dict[int, int]) -> None:
         """Count from now on the commits that train each DDP, beginning with `trained`.
@@ -182,20 +224,52 @@ class Handover:
             if superseded():
                 raise Superseded
 
-    def receive(self, inner: InnerGroup, donor: int, commits: int) -> tuple[str, int]:
+    def receive(self, inner: InnerGroup, donation: Donation, plan: Plan) -> tuple[str, int]:
         """Take the state over, and the local state that the rank left in its mirror."""
-        runner = self._runner
+        runner, commits = self._runner, plan.commits
         assert runner.protected is not None
         runner.injector.at("promotion", commits)
-        record = receive_record(inner, donor)
+        self._take_shards(plan)
+        record = receive_record(inner, donation.sources[0])
         tensors = runner.protected.prepare(record)
-        result = receive_state(inner, donor, tensors)
+        count = len(donation.sources)
+        parts = [stripe(tensors, index, count) for index in range(count)]
+        result = receive_parts(inner, donation.sources, parts)
         payload = runner.local.find(commits)
         if payload is None:
             raise RecoveryError(
                 f"the local state of rank {runner.rank} at step {commits} went down with it",
                 hint="this happens if a step issues fewer collectives than ever before",
             )
+        self._stand_at(commits, record, payload)
+        return result
+
+    def restore(self, plan: Plan) -> tuple[str, int]:
+        """Take the state, and what the rank kept to itself, from the shadow that it left."""
+        runner = self._runner
+        assert runner.protected is not None
+        commits = plan.restores[runner.rank]
+        runner.injector.at("promotion", plan.commits)
+        self._take_shards(plan)
+        copy = runner.shadow.read(commits)
+        size = fill(runner.protected.prepare(copy.record), copy.data)
+        self._stand_at(commits, copy.record, copy.payload)
+        return "", size
+
+    def shadow_commits(self) -> list[int]:
+        """Return for which numbers of committed steps the rank left a whole shadow."""
+        return self._runner.shadow.commits()
+
+    def resume_from_shadow(self, commits: int) -> None:
+        """Load what `restore` loads, in a start of all ranks: as from a checkpoint."""
+        runner = self._runner
+        assert runner.protected is not None
+        copy = runner.shadow.read(commits)
+        fill(runner.protected.prepare(copy.record), copy.data)
+        runner.restore_record(copy.payload, commits)
+
+    def _stand_at(self, commits: int, record: dict[str, Any], payload: bytes) -> None:
+        runner = self._runner
         runner.restore_record(payload, commits)
         runner.begin_at(commits, started_at=record["started_at"])
         runner.means.expect(record["reduces_means"], commits)
@@ -203,11 +277,28 @@ class Handover:
         self.watch_passes(dict(record["trained"]))
         if runner.durable is not None and record["poll"] is not None:
             runner.durable.restore(record["poll"])
-        return result
+        runner.restored()
+
+    def _take_shards(self, plan: Plan) -> None:
+        runner = self._runner
+        assert runner.protected is not None
+        runner.split_state(list(plan.shards) or [""] * runner.world_size)
+        if not plan.shards:
+            return
+        if runner.protected.shard_key(runner.rank) != runner.shards[runner.rank]:
+            raise StateMismatchError(
+                f"rank {runner.rank} splits its state differently than the process that held"
+                " this rank before",
+                hint="build the same model on a mesh of the same shape, whoever builds it",
+            )
 
     def adopt_mirror(self, fd: int) -> None:
         """Go on with the mirror of the process that held this rank."""
         self._runner.local.adopt_mirror(fd)
+
+    def adopt_shadow(self, fd: int) -> None:
+        """Go on with the shadow of the process that held this rank."""
+        self._runner.shadow.adopt(fd)
 
     def formed(self, message: Generation) -> None:
         """Let the script go on."""

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 class Listener(Protocol):
     """What the session does when the launcher speaks; called on the link's thread."""
 
-    def on_generation(self, message: Generation, mirror_fd: int | None) -> None:
+    def on_generation(
+        self, message: Generation, mirror_fd: int | None, shadow_fd: int | None
+    ) -> None:
         """A new membership."""
         ...
 
@@ -121,8 +123,9 @@ class Link:
         }
         while (message := self._channel.receive()) is not None:
             if isinstance(message, Generation):
-                fd = self._channel.take_fd() if message.mirrors else None
-                listener.on_generation(message, fd)
+                mirror = self._channel.take_fd() if message.mirrors else None
+                shadow = self._channel.take_fd() if message.shadows else None
+                listener.on_generation(message, mirror, shadow)
             elif type(message) in handlers:
                 handlers[type(message)](message)
         listener.on_launcher_lost()

@@ -37,6 +37,17 @@ def bucket_order_interval(ordinal: int) -> int:
     return -10 - ordinal
 
 
+class Known(enum.IntEnum):
+    """What a rank can give of an operation."""
+
+    NOTHING = 0
+    """It has no result."""
+    RESULT = 1
+    """The result."""
+    INPUT = 2
+    """Its part of the input: where all members issue the operation again, all have the result."""
+
+
 class OpState(enum.Enum):
     """How far an operation has come."""
 
@@ -68,7 +79,32 @@ class Op:
     seq: int = 0
     state: OpState = OpState.PENDING
     attempt: int = 0
+    early: bool = False
+    """Every rank has its result before any rank can commit."""
+    kept: list[torch.Tensor] = field(default_factory=lambda: [])
+    """A copy of the input, kept in place of a result that is larger."""
+    settles: bool = False
+    """Who has issued it needs nothing more of the interval before, its shadow included."""
     buffers: list[torch.Tensor] = field(default_factory=lambda: [])
+
+    def let_go(self) -> None:
+        """Drop what the caller gave: it can be far larger than what is logged."""
+        self.deliver = _deliver_nothing
+        self.value = []
+        self.future = _OVER
+        if not self.kept:
+            self.launch = _launch_nothing
+
+
+_OVER: torch.futures.Future[Any] = torch.futures.Future()
+
+
+def _deliver_nothing(result: list[torch.Tensor]) -> None:
+    raise AssertionError("delivered twice")
+
+
+def _launch_nothing(inner: InnerGroup) -> tuple[Any, list[torch.Tensor]]:
+    raise AssertionError("a complete operation was issued again")
 
 
 class BufferPool:
@@ -118,6 +154,8 @@ class GroupLog:
         self.inner: InnerGroup | None = None
         self.ops: dict[int, dict[int, Op]] = {}
         self._replay: dict[tuple[int, int], tuple[str, list[torch.Tensor]]] = {}
+        # Operations with a result, to be issued again for those who have none.
+        self.again: set[tuple[int, int]] = set()
 
     def add(self, op: Op, interval: int) -> bool:
         """Give `op` its place in `interval`; if its result is known, attach it.
@@ -161,6 +199,15 @@ class GroupLog:
             if op.state is OpState.PENDING
         ]
 
+    def to_issue(self) -> list[Op]:
+        """Return what goes out on a new inner group, in an order that is the same everywhere."""
+        return [
+            op
+            for interval in sorted(self.ops)
+            for seq, op in self.ops[interval].items()
+            if op.state is OpState.PENDING or (interval, seq) in self.again
+        ]
+
     def unfinished(self) -> list[Op]:
         """Return the operations whose result has not reached the caller."""
         return [
@@ -171,20 +218,25 @@ class GroupLog:
         """Free the results of committed intervals that no rank can ask for any more."""
         for old in [key for key in self.ops if SETUP < key < interval]:
             for op in self.ops.pop(old).values():
-                pool.give(op.buffers)
-                op.buffers = []
+                _give_back(op, pool)
         for name in [name for name in self._replay if SETUP < name[0] < interval]:
             del self._replay[name]
 
-    def describe(self, intervals: set[int]) -> list[tuple[int, int, str, bool]]:
-        """Return (interval, sequence number, signature, has a result) of its operations."""
+    def release_early(self, interval: int, pool: BufferPool) -> None:
+        """Free what no rank can ask for once one has committed `interval`."""
+        ops = self.ops.get(interval, {})
+        for seq in [seq for seq, op in ops.items() if op.early]:
+            _give_back(ops.pop(seq), pool)
+
+    def describe(self, intervals: set[int]) -> list[tuple[int, int, str, int]]:
+        """Return (interval, sequence number, signature, what can be given) of its operations."""
         return [
-            (interval, seq, op.signature, op.state is not OpState.PENDING)
+            (interval, seq, op.signature, int(_known(op)))
             for interval, ops in self.ops.items()
             if interval in intervals
             for seq, op in ops.items()
         ] + [
-            (interval, seq, signature, True)
+            (interval, seq, signature, int(Known.RESULT))
             for (interval, seq), (signature, _) in self._replay.items()
             if interval in intervals
         ]
@@ -193,3 +245,15 @@ class GroupLog:
         """Return the logged result of an operation that has one."""
         op = self.ops.get(interval, {}).get(seq)
         return op.buffers if op is not None else self._replay[interval, seq][1]
+
+
+def _known(op: Op) -> Known:
+    if op.state is OpState.PENDING:
+        return Known.NOTHING
+    return Known.INPUT if op.kept else Known.RESULT
+
+
+def _give_back(op: Op, pool: BufferPool) -> None:
+    pool.give(op.buffers)
+    pool.give(op.kept)
+    op.buffers, op.kept = [], []

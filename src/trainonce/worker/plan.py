@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainonce.errors import CollectiveError, RecoveryError
-from trainonce.worker.oplog import SETUP, UNSHARED
+from trainonce.worker.oplog import SETUP, UNSHARED, Known
 
 OpName = tuple[str, int, int]  # group key, interval, sequence number
 
@@ -25,7 +25,11 @@ class RankReport:
         donor: It can give the state as of `commits`, complete and unchanged.
         original: It has been there from the beginning, so its DDPs know their bucket order.
         groups: Group key to the global ranks of its members.
-        ops: Name of each operation it knows to (signature, has a result).
+        ops: Name of each operation it knows to (signature, what it can give of it: `Known`).
+        shards: Shard key of each rank, as settled at `protect`; empty where nothing is split,
+            and in newcomers.
+        shadows: Of a newcomer: numbers of committed steps of which its predecessor left a whole
+            shadow.
     """
 
     fresh: bool
@@ -33,7 +37,9 @@ class RankReport:
     donor: bool
     original: bool = True
     groups: dict[str, list[int]] = field(default_factory=lambda: {})
-    ops: dict[OpName, tuple[str, bool]] = field(default_factory=lambda: {})
+    ops: dict[OpName, tuple[str, int]] = field(default_factory=lambda: {})
+    shards: list[str] = field(default_factory=lambda: [])
+    shadows: list[int] = field(default_factory=lambda: [])
 
     def to_record(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -44,14 +50,16 @@ class RankReport:
             "original": self.original,
             "groups": self.groups,
             "ops": [[*name, *value] for name, value in self.ops.items()],
+            "shards": self.shards,
+            "shadows": self.shadows,
         }
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> RankReport:
         """Return the report in `record`."""
         ops = {
-            (str(group), int(interval), int(seq)): (str(signature), bool(done))
-            for group, interval, seq, signature, done in record["ops"]
+            (str(group), int(interval), int(seq)): (str(signature), int(known))
+            for group, interval, seq, signature, known in record["ops"]
         }
         return cls(
             fresh=record["fresh"],
@@ -60,7 +68,22 @@ class RankReport:
             original=record["original"],
             groups=record["groups"],
             ops=ops,
+            shards=record["shards"],
+            shadows=record["shadows"],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Donation:
+    """State of the last commit, from ranks that hold it to newcomers that are to hold the same.
+
+    Args:
+        sources: Each gives one part of it, in this order.
+        targets: Newcomers that get all of it.
+    """
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +102,30 @@ class Plan:
 
     Args:
         commits: Committed steps of the job; newcomers start from there.
-        donor: Rank that gives its state; None if nobody needs it.
-        state_to: Ranks that receive state.
+        donations: Who gives which newcomers their state.
+        shards: Shard key of each rank; empty where nothing is split.
+        catch_up: Ranks that have to commit one more step before they can give their part of the
+            state, which nobody else holds. They get the results they lack; then all plan again.
+        restores: Newcomers that go on from their shadow, with the committed steps of it: where
+            that is one fewer, they execute their share of one more step, served from the log.
         results: Logged results to hand over, in this order.
+        again: Operations that those who have a result issue once more, from the inputs that they
+            kept, for those who have none.
         order_root: Rank whose bucket order holds, where none was settled yet.
     """
 
     commits: int
-    donor: int | None
-    state_to: tuple[int, ...]
+    donations: tuple[Donation, ...]
+    shards: tuple[str, ...]
+    catch_up: tuple[int, ...] = ()
+    restores: dict[int, int] = field(default_factory=lambda: {})
     results: tuple[ResultTransfer, ...]
+    again: tuple[OpName, ...] = ()
     order_root: int
+
+    def num_recomputed(self, rank: int) -> int:
+        """Return how many shares of a step a newcomer computes again."""
+        return 1 + self.commits - self.restores.get(rank, self.commits)
 
 
 def plan_recovery(reports: list[RankReport]) -> Plan:
@@ -109,33 +145,103 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
             f"ranks {behind} are more than one step behind step {commits}",
             hint="collectives inside a step must be issued by every rank",
         )
-    fresh = tuple(rank for rank, report in enumerate(reports) if report.fresh)
-    donor = None
-    if fresh:
-        donors = [r for r in survivors if reports[r].commits == commits and reports[r].donor]
-        if not donors:
-            raise RecoveryError(
-                f"no rank holds the state as of step {commits} unchanged",
-                hint="a collective came after the update for the first time; the step is now"
-                " known to do so. run.mean(x) reduces metrics without this risk",
-            )
-        donor = donors[0]
+    shards = next((reports[r].shards for r in survivors if reports[r].shards), [])
+    catch_up = _find_laggards(reports, commits, shards)
+    served = survivors if catch_up else list(range(len(reports)))
+    donations: tuple[Donation, ...] = ()
+    restores: dict[int, int] = {}
+    if not catch_up:
+        try:
+            donations = _plan_donations(reports, commits, shards)
+        except RecoveryError:
+            restores = _plan_restores(reports, commits)
+            if not restores:
+                raise
+    starts = {rank: restores.get(rank, commits) for rank in range(len(reports))}
+    results, again = _plan_results(reports, starts, served)
     return Plan(
         commits=commits,
-        donor=donor,
-        state_to=fresh,
-        results=_plan_results(reports, commits),
+        donations=donations,
+        restores=restores,
+        shards=tuple(shards),
+        catch_up=catch_up,
+        results=results,
+        again=again,
         order_root=next((r for r in survivors if reports[r].original), survivors[0]),
     )
 
 
-def _plan_results(reports: list[RankReport], commits: int) -> tuple[ResultTransfer, ...]:
+def _find_laggards(reports: list[RankReport], commits: int, shards: list[str]) -> tuple[int, ...]:
+    """Return the ranks one step behind that alone hold what a newcomer needs."""
+    if not shards:
+        return ()
+    found: set[int] = set()
+    for key in {shards[rank] for rank, report in enumerate(reports) if report.fresh}:
+        alike = [r for r, each in enumerate(reports) if not each.fresh and shards[r] == key]
+        if alike and all(reports[r].commits < commits for r in alike):
+            found.update(alike)
+    return tuple(sorted(found))
+
+
+def _plan_donations(
+    reports: list[RankReport], commits: int, shards: list[str]
+) -> tuple[Donation, ...]:
+    newcomers: dict[str, list[int]] = {}
+    for rank, report in enumerate(reports):
+        if report.fresh:
+            newcomers.setdefault(shards[rank] if shards else "", []).append(rank)
+    donations: list[Donation] = []
+    for key, targets in newcomers.items():
+        alike = [
+            rank
+            for rank, report in enumerate(reports)
+            if not report.fresh and (not shards or shards[rank] == key)
+        ]
+        donors = [r for r in alike if reports[r].commits == commits and reports[r].donor]
+        if not donors:
+            raise _no_donor(targets, alike, commits)
+        # What everybody holds comes from one rank: the others need not stop for it.
+        donations.append(
+            Donation(sources=tuple(donors) if key else (donors[0],), targets=tuple(targets))
+        )
+    return tuple(donations)
+
+
+def _plan_restores(reports: list[RankReport], commits: int) -> dict[int, int]:
+    """Return the newcomers and the committed steps of the shadows that they all go on from.
+
+    The same for all: what one executes again may need another's share of the same step.
+    """
+    fresh = [rank for rank, report in enumerate(reports) if report.fresh]
+    for start in (commits, commits - 1):
+        if all(start in reports[rank].shadows for rank in fresh):
+            return dict.fromkeys(fresh, start)
+    return {}
+
+
+def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryError:
+    if not alike:
+        return RecoveryError(
+            f"no living rank holds the part of the state that ranks {targets} held",
+            hint="give the mesh a replicate axis, so that every shard has a second copy",
+        )
+    return RecoveryError(
+        f"no rank holds the state as of step {commits} unchanged",
+        hint="a collective came after the update for the first time; the step is now"
+        " known to do so. run.mean(x) reduces metrics without this risk",
+    )
+
+
+def _plan_results(
+    reports: list[RankReport], starts: dict[int, int], served: list[int]
+) -> tuple[tuple[ResultTransfer, ...], tuple[OpName, ...]]:
     groups: dict[str, list[int]] = {}
     known: dict[OpName, tuple[str, int]] = {}
     holders: dict[OpName, list[int]] = {}
+    inputs: dict[OpName, list[int]] = {}
     for rank, report in enumerate(reports):
         groups.update(report.groups)
-        for name, (signature, done) in report.ops.items():
+        for name, (signature, can_give) in report.ops.items():
             first = known.setdefault(name, (signature, rank))
             if first[0] != signature:
                 raise CollectiveError(
@@ -143,17 +249,23 @@ def _plan_results(reports: list[RankReport], commits: int) -> tuple[ResultTransf
                     f" {first[0]}, rank {rank} issued {signature}",
                     hint="every rank must issue the same collectives in the same order",
                 )
-            if done:
+            if can_give == Known.RESULT:
                 holders.setdefault(name, []).append(rank)
+            elif can_give == Known.INPUT:
+                inputs.setdefault(name, []).append(rank)
     transfers: list[ResultTransfer] = []
-    for name in sorted(holders):
+    again: list[OpName] = []
+    for name in sorted(holders.keys() | inputs.keys()):
         group, interval, _ = name
+        have = [*holders.get(name, ()), *inputs.get(name, ())]
         targets = tuple(
             rank
             for rank in groups[group]
-            if rank not in holders[name] and _wants(reports[rank], interval, commits)
+            if rank in served and rank not in have and _wants(reports[rank], interval, starts[rank])
         )
-        if targets:
+        if targets and name not in holders:
+            again.append(name)
+        elif targets:
             transfers.append(
                 ResultTransfer(
                     name=name,
@@ -162,12 +274,12 @@ def _plan_results(reports: list[RankReport], commits: int) -> tuple[ResultTransf
                     targets=targets,
                 )
             )
-    return tuple(transfers)
+    return tuple(transfers), tuple(again)
 
 
-def _wants(report: RankReport, interval: int, commits: int) -> bool:
+def _wants(report: RankReport, interval: int, start: int) -> bool:
     if interval == UNSHARED:
         return False
     if report.fresh:
-        return interval <= SETUP or interval == commits
+        return interval <= SETUP or interval >= start
     return interval >= report.commits or interval <= SETUP

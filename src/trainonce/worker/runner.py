@@ -25,6 +25,8 @@ from trainonce.worker.gate import UpdateGate
 from trainonce.worker.local import LocalState
 from trainonce.worker.loops import Loops
 from trainonce.worker.means import Means
+from trainonce.worker.shadow import Shadow
+from trainonce.worker.shards import copy_holders
 from trainonce.worker.step import (
     Execution,
     StepProfiles,
@@ -41,7 +43,7 @@ from trainonce.worker.values import (
 from trainonce.worker.verify import compare_replicas
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from trainonce.wire.progress import Progress
     from trainonce.worker.cursor import Position
@@ -111,6 +113,10 @@ class Runner:
         self.image: Image | None = None
         self.durable: Durable | None = None
         self.verify_every = 0
+        self.copy_holders: Collection[int] = _HOLDERS
+        self.shards: list[str] = []
+        self.shadow = Shadow(notify)
+        self.describe: Callable[[], Callable[[], dict[str, Any]]] = lambda: dict
         self.started_at = 0
         self.drain_requested = threading.Event()
         self.prepare: Callable[[], None] = lambda: None
@@ -133,7 +139,7 @@ class Runner:
         return self.execution is not None
 
     def _parameters(self) -> list[torch.Tensor]:
-        return [] if self.protected is None else [t for _, t in self.protected.parameters()]
+        return [] if self.protected is None else self.protected.local_parameters()
 
     # ------------------------------------------------------------------ before the first step
 
@@ -143,6 +149,42 @@ class Runner:
         for optimizer in protected.optimizers.values():
             optimizer.register_step_pre_hook(lambda *_: self._before_update())
             optimizer.register_step_post_hook(lambda *_: self.injector.at("updated"))
+
+    def split_state(self, table: list[str]) -> None:
+        """Take note which ranks hold the same part of the state.
+
+        Args:
+            table: Shard key by rank.
+        """
+        self.shards = table if any(table) else []
+        self.copy_holders = copy_holders(table, len(_HOLDERS))
+        self.shadow.settle(table)
+        if self.fabric is not None:
+            self.fabric.keeps_step = self.shadow.every > 0
+
+    @property
+    def _completes_together(self) -> bool:
+        """Whether a step's update waits until all ranks have all they need of the step."""
+        if self.fabric is None or self.world_size == 1:
+            return False
+        return self.fabric.has_subgroups or self.shadow.every > 0
+
+    def restored(self) -> None:
+        """Take note that all state is that of the last commit, and copy it if nobody has."""
+        if self.commits not in self.shadow.commits():
+            self.begin_shadow()
+
+    def begin_shadow(self) -> None:
+        """Copy the state of the last commit to its shadow, if one is due."""
+        assert self.protected is not None
+        if self.fabric is not None and self.shadow.is_due(self.commits):
+            self.shadow.begin(
+                self.commits,
+                self.rank,
+                self.describe(),
+                self.local.payload,
+                self.protected.replicated(),
+            )
 
     def enter(self) -> None:
         """Leave set-up, before the first loop or step; a spare waits here for a rank."""
@@ -174,18 +216,24 @@ class Runner:
         self.protected.capture()
         seed_between(self.seed, self.rank, commits)
 
-    def announce_ready(self) -> None:
-        """Tell the launcher that this rank stands before its first step."""
+    def announce_ready(self, resumed: str) -> None:
+        """Tell the launcher that this rank stands before its first step.
+
+        Args:
+            resumed: Where its state comes from: "shadow", "checkpoint", or nowhere.
+        """
         assert self.protected is not None
         self.local.publish(
             self.protected, self.cursor.committed, self.commits, self.means.waiting, final=True
         )
         assert self.local.mirror is not None
+        self.restored()
         self.notify(
             Ready(
                 mirror_bytes=self.local.mirror.size_bytes,
                 log_bytes=self.fabric.log_bytes()[1] if self.fabric else 0,
                 state_bytes=self.protected.num_bytes(),
+                resumed=resumed,
             )
         )
 
@@ -199,9 +247,13 @@ class Runner:
         seed_section(self.seed, self.rank, self.commits, self._calls)
         if self.fabric is not None:
             execution.operations_before = self.fabric.num_issued()
-        if execution.profile.kind >= UpdateKind.OPAQUE and self._holds_copies():
-            self.image = self.protected.image()
+        if execution.profile.kind >= UpdateKind.OPAQUE:
+            self.shadow.wait()
+            if self._holds_copies():
+                self.image = self.protected.image()
         self.execution = execution
+        if self.fabric is not None:
+            self.fabric.early = self._completes_together
         self.progress["section_mono_ns"] = execution.begun_mono_ns
         self.progress["section"] += 1
         self._set_phase(Phase.COMPUTING)
@@ -263,7 +315,11 @@ class Runner:
         assert self.protected is not None
         self.injector.at("reduced")
         if not execution.stepped:
-            if self.fabric is not None and self.fabric.has_subgroups:
+            self.shadow.wait()
+            if self.fabric is not None and self._completes_together:
+                # No rank may commit while another still needs an operation of this step.
+                self.fabric.drain_pending()
+                self.fabric.early = False
                 self.barrier()
             if execution.profile.kind is UpdateKind.PLAIN:
                 self._publish_together(execution)
@@ -281,6 +337,7 @@ class Runner:
         """End a step: commit it, unless its gradients wait for a later one."""
         if self.fabric is not None:
             self.fabric.drain_pending()
+            self.fabric.early = False
         if not self._commits_now(execution):
             self._calls += 1
             self.execution = None
@@ -288,7 +345,9 @@ class Runner:
             return value
         if self.fabric is not None and self.world_size > 1:
             # Bounds how far ranks drift apart, and lets the log of the step before go.
-            if self.fabric.has_subgroups or not self.fabric.spanned():
+            early = execution.stepped and execution.kind is UpdateKind.PLAIN
+            self.shadow.wait()
+            if (self._completes_together and not early) or not self.fabric.spanned():
                 self.barrier()
             self._publish_together(execution)
         self.gate.begin_update()
@@ -297,6 +356,7 @@ class Runner:
             # Within the gate: a recovery sees the commit with what it issues, or neither.
             self._act_at_commit()
             self.means.reduce(self.commits)
+            self.begin_shadow()
         finally:
             self.gate.end_update()
         self.injector.at("commit")
@@ -347,6 +407,7 @@ class Runner:
 
     def _after_commit(self) -> None:
         if self.drain_requested.is_set():
+            self.shadow.wait()
             self._set_phase(Phase.DRAINED)
             self.notify(Drained(step=self.commits))
             threading.Event().wait()
@@ -367,7 +428,9 @@ class Runner:
         # Not within the gate, which a recovery needs while this waits for others. A newcomer
         # that gets state in the middle of a repair goes through the same repair afterwards.
         differ = compare_replicas(
-            self.protected.replicated(), step=self.commits, world_size=self.world_size
+            self.protected.replicated(),
+            step=self.commits,
+            shards=self.shards or [""] * self.world_size,
         )
         if differ is None or self.rank != 0:
             return
@@ -399,10 +462,15 @@ class Runner:
 
     def barrier(self) -> None:
         """Wait for every rank, as an operation of the present interval."""
-        dist.barrier()
+        assert self.fabric is not None
+        self.fabric.settling = True
+        try:
+            dist.barrier()
+        finally:
+            self.fabric.settling = False
 
     def _holds_copies(self) -> bool:
-        return self.fabric is not None and self.world_size > 1 and self.rank in _HOLDERS
+        return self.fabric is not None and self.world_size > 1 and self.rank in self.copy_holders
 
     def _tell_of_enumerate(self) -> None:
         self.notify(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from trainonce import settings
 from trainonce.errors import ConfigError, StateMismatchError
-from trainonce.wire.messages import Done, Failed
+from trainonce.wire.messages import Done, Failed, Note
 from trainonce.wire.progress import Phase, Progress
 from trainonce.worker import spare
 from trainonce.worker.data import StatefulLoader, adapt_loader
@@ -28,6 +28,8 @@ from trainonce.worker.link import Link
 from trainonce.worker.loader import ShardedLoader
 from trainonce.worker.peaks import peak_flops
 from trainonce.worker.runner import Runner, leave
+from trainonce.worker.shadow import check_redundancy
+from trainonce.worker.shards import describe_copies
 from trainonce.worker.spare import Promotion
 from trainonce.worker.state import Protected
 from trainonce.worker.step import Step
@@ -92,6 +94,7 @@ class Run:
             self._handover = Handover(self._runner, self._fabric, self._device)
             self._fabric.host = self._handover
             self._runner.prepare = self._prepare
+            self._runner.describe = self._handover.describe_later
             job = settings.JOB.get() or "job"
             self._runner.durable = Durable(
                 self._runner,
@@ -132,7 +135,9 @@ class Run:
 
     # ------------------------------------------------------------------ what the script says
 
-    def protect(self, *, verify_replicas_every: int = 0, **objects: Any) -> None:
+    def protect(
+        self, *, verify_replicas_every: int = 0, shadow_every: int | None = None, **objects: Any
+    ) -> None:
         """Register what must survive. Call it once, after everything is built.
 
         Collective: every rank must register the same.
@@ -141,6 +146,9 @@ class Run:
             verify_replicas_every: Compare the replicated state of all ranks every so many
                 steps, against silent data corruption: what differs from the majority is
                 named, repaired and put in the ledger; with two ranks it is reported. 0: never.
+            shadow_every: Keep a copy of this rank's state in memory outside the process, and
+                refresh it after every so many steps: 1 loses none. 0: never. None: after every
+                step where some part of the state has no copy on another rank.
             **objects: Modules (wrapped in DDP or not), optimizers, schedulers, gradient
                 scalers, loaders, anything with `state_dict` and `load_state_dict`, or lists
                 and dicts of these.
@@ -159,6 +167,9 @@ class Run:
         self._runner.verify_every = verify_replicas_every
         for loader in loaders.values():
             self._use_for_rehearsal(loader)
+        if shadow_every is not None and shadow_every < 0:
+            raise ConfigError(f"shadow_every is {shadow_every}", hint="give 0 or more, or None")
+        self._runner.shadow.wanted = shadow_every
         self._compare_layouts(protected.layout())
 
     def step(self, function: Callable[P, R]) -> Step[P, R]:
@@ -308,52 +319,88 @@ class Run:
         self._announced.wait()
         assert self._generation is not None
         assert self._runner.protected is not None
-        commits = self._resume(self._generation.resume)
+        commits, source = self._resume(self._generation.resume)
         self._handover.watch_passes({})
         self._runner.begin_at(commits, started_at=commits)
         if self._runner.durable is not None:
             self._runner.durable.start_at(commits)
-        self._runner.announce_ready()
+        self._runner.announce_ready(source)
 
-    def _resume(self, folder: str) -> int:
-        """Load the newest checkpoint; return its committed steps, or 0 if there is none."""
+    def _resume(self, folder: str) -> tuple[int, str]:
+        """Load the newest state that there is outside the processes, if any.
+
+        Returns:
+            Its committed steps, and where it comes from.
+        """
         durable, handover = self._runner.durable, self._handover
-        if not folder or durable is None or handover is None:
-            return 0
+        assert handover is not None
         handover.private = True
         try:
-            found = durable.resume(Path(folder))
+            at = self._newest_shadow()
+            found = durable.resume(Path(folder), beyond=at) if durable and folder else None
         finally:
             handover.private = False
-        if found is None:
-            return 0
-        commits, payload = found
-        self._runner.restore_record(payload, commits)
-        return commits
+        if found is not None:
+            commits, payload = found
+            self._runner.restore_record(payload, commits)
+            return commits, "checkpoint"
+        if at >= 0:
+            handover.resume_from_shadow(at)
+            return at, "shadow"
+        return 0, ""
+
+    def _newest_shadow(self) -> int:
+        """Return the most committed steps of which every rank has a shadow; -1 for none."""
+        assert self._generation is not None
+        if not self._generation.shadows:  # the launcher has those of all ranks, or none
+            return -1
+        mine = self._runner.shadow.commits()
+        everywhere: list[Any] = [mine]
+        if self._world_size > 1:
+            everywhere = [None] * self._world_size
+            dist.all_gather_object(everywhere, mine)
+        return max(set(mine).intersection(*everywhere), default=-1)
 
     def _compare_layouts(self, layout: list[str]) -> None:
         """Tell ranks that registered different things what differs."""
         handover = self._handover
-        if self._world_size == 1 or (handover is not None and handover.is_newcomer):
+        if handover is not None and handover.is_newcomer:
             return
+        if self._world_size == 1:
+            self._settle_copies([""])
+            return
+        protected = self._runner.protected
+        assert protected is not None
         everywhere: list[Any] = [None] * self._world_size
         if handover is not None:
             handover.private = True
         try:
-            mine = (layout, self._fabric is not None and self._fabric.has_subgroups)
+            subgroups = self._fabric is not None and self._fabric.has_subgroups
+            mine = (layout, subgroups, protected.shard_key(self._promotion.rank))
             dist.all_gather_object(everywhere, mine)
         finally:
             if handover is not None:
                 handover.private = False
         if self._fabric is not None:
-            self._fabric.subgroups_elsewhere = any(subgroups for _, subgroups in everywhere)
-        for other, (theirs, _) in enumerate(everywhere):
+            self._fabric.subgroups_elsewhere = any(subgroups for _, subgroups, _ in everywhere)
+        for other, (theirs, _, _) in enumerate(everywhere):
             for different in set(layout).symmetric_difference(theirs):
                 raise StateMismatchError(
                     f"ranks {self._promotion.rank} and {other} registered different state:"
                     f" {different}",
                     hint="build the same model and optimizer on every rank before run.protect",
                 )
+        self._settle_copies([key for _, _, key in everywhere])
+
+    def _settle_copies(self, table: list[str]) -> None:
+        """Take note which ranks hold the same; keep shadows where that is nobody else."""
+        if self._fabric is None:
+            return
+        runner = self._runner
+        runner.split_state(table)
+        check_redundancy(int(settings.REDUNDANCY.get() or 0), table, shadow=runner.shadow.every > 0)
+        if any(table) and runner.rank == 0:
+            runner.notify(Note(key="copies", text=describe_copies(table)))
 
     def _source(self, loader: Any) -> Any:
         # The loader is kept with its source: an id may be used again once its object is gone.
@@ -374,7 +421,9 @@ class Run:
 
     # ------------------------------------------------------------------ the launcher speaks
 
-    def on_generation(self, message: Generation, mirror_fd: int | None) -> None:
+    def on_generation(
+        self, message: Generation, mirror_fd: int | None, shadow_fd: int | None
+    ) -> None:
         """Take note of a new membership, and re-form the groups."""
         assert self._fabric is not None
         assert self._handover is not None
@@ -382,6 +431,8 @@ class Run:
         self._runner.injector.arm(message.faults)
         if mirror_fd is not None:
             self._handover.adopt_mirror(mirror_fd)
+        if shadow_fd is not None:
+            self._handover.adopt_shadow(shadow_fd)
         if not self._promotion.done:
             spare.publish_rank(message.rank)
             self._promotion.promote(message.rank)

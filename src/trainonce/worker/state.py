@@ -5,11 +5,15 @@ equal on all ranks between commits: a newcomer gets them from a donor. *Small* s
 (`param_groups`, schedulers, scalers, anything with a `state_dict`) is replicated too, but
 user code may change it between steps, so a copy is taken at every commit. *Local* buffers,
 those that forward passes change, differ by rank and go to the mirror.
+
+Of a tensor that is split between ranks (a DTensor) each rank keeps, gives and takes its local
+part; `shards` tells which ranks hold the same one.
 """
 
 from __future__ import annotations
 
 import base64
+import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +25,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainonce.errors import ConfigError, StateError, StateMismatchError
 from trainonce.wire import encoding
+from trainonce.worker.shards import (
+    describe_split,
+    restore_split,
+    shard_key,
+    split_text,
+    state_of,
+)
+from trainonce.worker.torch_private import (
+    local_of,
+    shards_parameters,
+    unreduced_gradients,
+    version_of,
+)
 from trainonce.worker.transfer import Digest, as_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -70,6 +87,12 @@ class Protected:
             for key, buffer in module.named_buffers()
         )
         self._local = _running_statistics(self.modules)
+        # Read for every parameter in every step.
+        split = any(local_of(tensor) is not tensor for _, tensor in self._parameters)
+        self._version_of: Callable[[torch.Tensor], int] = (
+            version_of if split else operator.attrgetter("_version")
+        )
+        self._sharding = [each for each in self.modules.values() if shards_parameters(each)]
         self._small: dict[str, Any] = {}
         self._parameter_versions = self._versions(self._parameters)
         self._old_gradients = self._gradients()
@@ -104,16 +127,25 @@ class Protected:
     def layout(self) -> list[str]:
         """Return a line per registered tensor and object; equal on all ranks."""
         lines = [
-            f"{name}: {str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+            f"{name}: {str(t.dtype).removeprefix('torch.')}{split_text(t)}"
             for name, t in (*self._parameters, *self._buffers)
         ]
         lines += [f"{name}: {type(o).__name__}" for name, o in self.optimizers.items()]
         return lines + [f"{name}: {type(o).__name__}" for name, o in self.stateful.items()]
 
+    def shard_key(self, rank: int) -> str:
+        """Return what identifies the part of the state that this rank holds; empty for all."""
+        tensors = (*self._parameters, *self._buffers)
+        return shard_key(tensors, self.optimizers.values(), rank)
+
     def replicated(self) -> Named:
-        """Return the replicated tensors, live, in the same order on every rank."""
+        """Return the replicated tensors, live, in the same order on every rank.
+
+        Of split tensors the local part: replicated on the ranks with the same shard key.
+        """
         shared = [(name, t) for name, t in self._buffers if name not in self._local]
-        return [*self._parameters, *shared, *self._optimizer_tensors()]
+        everything = (*self._parameters, *shared, *self._optimizer_tensors())
+        return [(name, local_of(tensor)) for name, tensor in everything]
 
     def num_bytes(self) -> int:
         """Return the size of the replicated tensors."""
@@ -123,11 +155,15 @@ class Protected:
         """Return the parameters of all registered modules, each once."""
         return list(self._parameters)
 
+    def local_parameters(self) -> list[torch.Tensor]:
+        """Return what this rank holds of each parameter."""
+        return [local_of(parameter) for _, parameter in self._parameters]
+
     def _optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, optimizer in self.optimizers.items():
             for index, parameter in enumerate(_parameters_of(optimizer)):
                 # Not sorted: a newcomer takes over the order too, for state_dict() shows it.
-                for key, value in optimizer.state.get(parameter, {}).items():
+                for key, value in state_of(optimizer).get(parameter, {}).items():
                     if isinstance(value, torch.Tensor):
                         yield f"{name}/{index}/{key}", value
 
@@ -136,15 +172,15 @@ class Protected:
             f"{name}/{index}/{key}": value
             for name, optimizer in self.optimizers.items()
             for index, parameter in enumerate(_parameters_of(optimizer))
-            for key, value in optimizer.state.get(parameter, {}).items()
+            for key, value in state_of(optimizer).get(parameter, {}).items()
             if not isinstance(value, torch.Tensor)
         }
 
     # ------------------------------------------------------------------ watching for changes
 
-    @staticmethod
-    def _versions(tensors: Named) -> list[int]:
-        return [tensor._version for _, tensor in tensors]
+    def _versions(self, tensors: Named) -> list[int]:
+        version = self._version_of
+        return [version(tensor) for _, tensor in tensors]
 
     def parameters_changed(self) -> bool:
         """Tell whether a parameter was written to since the last commit."""
@@ -152,7 +188,8 @@ class Protected:
 
     def _gradients(self) -> list[tuple[weakref.ref[torch.Tensor], int] | None]:
         found = [parameter.grad for _, parameter in self._parameters]
-        return [None if grad is None else (weakref.ref(grad), grad._version) for grad in found]
+        version = self._version_of
+        return [None if grad is None else (weakref.ref(grad), version(grad)) for grad in found]
 
     def gradients_wait(self) -> bool:
         """Tell whether there are gradients that came after the last commit.
@@ -164,9 +201,9 @@ class Protected:
             grad = parameter.grad
             if grad is None:
                 continue
-            if old is None or old[0]() is not grad or old[1] != grad._version:
+            if old is None or old[0]() is not grad or old[1] != self._version_of(grad):
                 return True
-        return False
+        return any(unreduced_gradients(module) for module in self._sharding)
 
     def check_unchanged(self) -> None:
         """Raise if parameters were changed outside a step.
@@ -200,7 +237,7 @@ class Protected:
 
     def local_buffers(self) -> dict[str, torch.Tensor]:
         """Return the buffers that differ by rank, live."""
-        return {name: buffer for name, buffer in self._buffers if name in self._local}
+        return {name: local_of(buffer) for name, buffer in self._buffers if name in self._local}
 
     def load_local_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
         """Write `values` into the buffers of those names."""
@@ -208,7 +245,7 @@ class Protected:
         self._local.update(values)
         with torch.no_grad():
             for name, value in values.items():
-                buffers[name].copy_(value)
+                local_of(buffers[name]).copy_(value)
 
     # ------------------------------------------------------------------ commit
 
@@ -223,7 +260,7 @@ class Protected:
         """Copy the replicated tensors."""
         copies = [(name, tensor.detach().clone()) for name, tensor in self.replicated()]
         # LBFGS keeps lists there, which it appends to.
-        return Image(copies, _copy_tree(self._optimizer_scalars()))
+        return Image(copies, copy_tree(self._optimizer_scalars()))
 
     def live(self) -> Image:
         """Return the replicated state itself, not a copy."""
@@ -231,17 +268,33 @@ class Protected:
 
     # ------------------------------------------------------------------ giving and taking
 
-    def describe(self, image: Image) -> dict[str, Any]:
-        """Return what a newcomer needs beside the bytes of `image`: a JSON object."""
-        small = encoding.encode(
-            {**self._small, "scalars": image.scalars, "local": sorted(self._local)}
+    @property
+    def small(self) -> dict[str, Any]:
+        """The small state as of the last commit; not changed any more."""
+        return self._small
+
+    def describe(self, image: Image, small: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return what a newcomer needs beside the bytes of `image`: a JSON object.
+
+        Args:
+            image: The state.
+            small: The small state that belongs to it; that of the last commit by default.
+        """
+        encoded = encoding.encode(
+            {
+                **(self._small if small is None else small),
+                "scalars": image.scalars,
+                "local": sorted(self._local),
+            }
         )
+        splits = {name: describe_split(t) for name, t in self._optimizer_tensors()}
         return {
             "layout": [
                 [name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
                 for name, t in image.tensors
             ],
-            "small": base64.b64encode(small).decode(),
+            "splits": {name: split for name, split in splits.items() if split is not None},
+            "small": base64.b64encode(encoded).decode(),
         }
 
     def prepare(self, record: dict[str, Any]) -> Named:
@@ -256,13 +309,14 @@ class Protected:
         self._local = set(small["local"])
         self.load_small(small)
         self._load_scalars(small["scalars"])
-        mine = dict((*self._parameters, *self._buffers))
+        mine = {name: local_of(tensor) for name, tensor in (*self._parameters, *self._buffers)}
         found: Named = []
         for name, dtype_name, shape, device in record["layout"]:
             dtype = getattr(torch, dtype_name)
             tensor = mine.get(name)
             if tensor is None and "/" in name:
-                tensor = self._optimizer_slot(name, dtype, shape, device)
+                split = record["splits"].get(name)
+                tensor = self._optimizer_slot(name, dtype, shape, device, split)
             if tensor is None or tensor.dtype != dtype or list(tensor.shape) != shape:
                 here = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise StateMismatchError(
@@ -272,11 +326,59 @@ class Protected:
             found.append((name, tensor))
         return found
 
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Return the replicated tensors by name, live; split ones as DTensors."""
+        shared = [(name, t) for name, t in self._buffers if name not in self._local]
+        return dict((*self._parameters, *shared, *self._optimizer_tensors()))
+
+    def describe_whole(self) -> dict[str, Any]:
+        """Return what is needed beside the bytes of `whole`, on whatever mesh they are read."""
+        record = self.describe(self.live())
+        tensors = self.whole()
+        for entry in record["layout"]:
+            entry[2] = list(tensors[entry[0]].shape)
+        return record
+
+    def prepare_whole(self, record: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the tensors to read into, as `describe_whole` listed them on some mesh.
+
+        Loads the small state on the way. Missing optimizer state is allocated: where it is as
+        large as its parameter, it is split as the parameter is here.
+
+        Raises:
+            StateMismatchError: There are other tensors in this process.
+        """
+        here = dict((*self._parameters, *self._buffers))
+        layout: list[list[Any]] = []
+        splits: dict[str, Any] = {}
+        for name, dtype, shape, device in record["layout"]:
+            parameter = self._parameter_of(name) if name not in here else here[name]
+            split = describe_split(parameter) if parameter is not None else None
+            local = shape
+            if parameter is not None and split and list(parameter.shape) == shape:
+                local, splits[name] = list(local_of(parameter).shape), split
+            elif parameter is not None and split and name in record["splits"]:
+                raise StateMismatchError(
+                    f"{name} has shape {shape}, its parameter {list(parameter.shape)}: it cannot"
+                    " be split for another mesh",
+                    hint="resume on the mesh that the checkpoint was written on",
+                )
+            layout.append([name, dtype, local, device])
+        self.prepare({**record, "layout": layout, "splits": splits})
+        everything = self.whole()
+        return {entry[0]: everything[entry[0]] for entry in layout}
+
+    def _parameter_of(self, name: str) -> torch.Tensor | None:
+        """Return the parameter that optimizer state of this name belongs to."""
+        owner, index, _ = name.rsplit("/", 2) if name.count("/") >= 2 else ("", "", "")
+        parameters = _parameters_of(self.optimizers[owner]) if owner in self.optimizers else []
+        return parameters[int(index)] if index and int(index) < len(parameters) else None
+
     def copy_small(self) -> dict[str, Any]:
         """Return a copy of the small state as it is now."""
         return {
             "groups": {name: _groups_of(o) for name, o in self.optimizers.items()},
-            "stateful": {name: _copy_tree(o.state_dict()) for name, o in self.stateful.items()},
+            "stateful": {name: copy_tree(o.state_dict()) for name, o in self.stateful.items()},
         }
 
     def restore(self, image: Image) -> None:
@@ -285,14 +387,19 @@ class Protected:
         for name, optimizer in self.optimizers.items():
             for index, parameter in enumerate(_parameters_of(optimizer)):
                 if not any(key.startswith(f"{name}/{index}/") for key in present):
-                    self._warm[parameter] = optimizer.state.pop(parameter, {})
+                    self._warm[parameter] = state_of(optimizer).pop(parameter, {})
         self._load_scalars(image.scalars)
         with torch.no_grad():
             for name, tensor in self.replicated():
                 tensor.copy_(present[name])
 
     def _optimizer_slot(
-        self, name: str, dtype: torch.dtype, shape: list[int], device: str
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: list[int],
+        device: str,
+        split: dict[str, Any] | None,
     ) -> torch.Tensor | None:
         owner, index, key = name.rsplit("/", 2)
         optimizer = self.optimizers.get(owner)
@@ -301,27 +408,29 @@ class Protected:
             return None
         parameter = parameters[int(index)]
         warm = self._warm.get(parameter, {}).pop(key, None)
-        present = optimizer.state[parameter].get(key, warm)
-        if present is None or present.dtype != dtype or list(present.shape) != shape:
+        present = state_of(optimizer)[parameter].get(key, warm)
+        local = None if present is None else local_of(present)
+        if local is None or local.dtype != dtype or list(local.shape) != shape:
             place = parameter.device if device != "cpu" else torch.device("cpu")
-            present = torch.empty(shape, dtype=dtype, device=place)
-        optimizer.state[parameter][key] = present
-        return present
+            local = torch.empty(shape, dtype=dtype, device=place)
+            present = restore_split(local, split, parameter)
+        state_of(optimizer)[parameter][key] = present
+        return local
 
     def load_small(self, small: dict[str, Any]) -> None:
         """Load what `copy_small` returned."""
         self._small = {"groups": small["groups"], "stateful": small["stateful"]}
         for name, groups in small["groups"].items():
             for group, values in zip(self.optimizers[name].param_groups, groups, strict=True):
-                group.update(_copy_tree(values))
+                group.update(copy_tree(values))
         for name, value in small["stateful"].items():
-            self.stateful[name].load_state_dict(_copy_tree(value))
+            self.stateful[name].load_state_dict(copy_tree(value))
 
     def _load_scalars(self, scalars: dict[str, Any]) -> None:
         for name, value in scalars.items():
             owner, index, key = name.rsplit("/", 2)
             optimizer = self.optimizers[owner]
-            optimizer.state[_parameters_of(optimizer)[int(index)]][key] = value
+            state_of(optimizer)[_parameters_of(optimizer)[int(index)]][key] = value
 
     def digest(self) -> str:
         """Return a digest of the replicated tensors, for comparing ranks."""
@@ -361,7 +470,7 @@ def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [
-        {key: _copy_tree(value) for key, value in group.items() if key not in _NOT_VALUES}
+        {key: copy_tree(value) for key, value in group.items() if key not in _NOT_VALUES}
         for group in optimizer.param_groups
     ]
 
@@ -370,18 +479,18 @@ def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 _NOT_VALUES = ("params", "param_names")
 
 
-def _copy_tree(value: Any) -> Any:
+def copy_tree(value: Any) -> Any:
     """Copy containers and tensors; share everything else, which is immutable."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if type(value) is dict:
-        return {key: _copy_tree(each) for key, each in value.items()}
+        return {key: copy_tree(each) for key, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_copy_tree(each) for each in value)
+        return type(value)(copy_tree(each) for each in value)
     if isinstance(value, dict | list | set):
         copied = value.copy()
         if isinstance(copied, dict):
             for key, each in copied.items():
-                copied[key] = _copy_tree(each)
+                copied[key] = copy_tree(each)
         return copied
     return value

@@ -7,6 +7,10 @@ DistributedDataParallel settles on the order of its gradient buckets after the f
 pass: rank 0 broadcasts the order, and every rank rebuilds. A process that joins later must
 end with the same buckets. `Reducer._push_all_rebuilt_params` and `Reducer._rebuild_buckets`,
 which torch's own `Join` uses, do that without a backward pass, given the broadcast.
+
+A DTensor's part on this rank is its `_local_tensor`: `to_local` gives a tensor of autograd's,
+and takes a dispatch. FSDP2 keeps gradients that wait for their reduction in its parameter
+groups, where `parameter.grad` does not show them.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.autograd.graph
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -105,3 +112,52 @@ def rebuild_buckets(ddp: DistributedDataParallel) -> None:
     """Rebuild the buckets of `ddp` now; its broadcasts go through its process group."""
     ddp.reducer._push_all_rebuilt_params()
     ddp.reducer._rebuild_buckets()
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of `tensor`: a DTensor's local part, or the tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return a number that grows whenever `tensor` is written to.
+
+    An operation on a DTensor counts at the wrapper, one on its local part counts there.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor._version + tensor._local_tensor._version
+    return tensor._version
+
+
+def shards_parameters(module: torch.nn.Module) -> bool:
+    """Tell whether FSDP2 shards any parameters of `module`."""
+    return any(isinstance(each, FSDPModule) for each in module.modules())
+
+
+def visible_modules(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return `module` and what is below it, less what is below a compiled module.
+
+    What is traced into a compiled module does not call hooks that are registered later.
+    """
+    if module._compiled_call_impl is not None:
+        return []
+    below = [each for child in module.children() for each in visible_modules(child)]
+    return [module, *below]
+
+
+def unreduced_gradients(module: torch.nn.Module) -> bool:
+    """Tell whether FSDP2 holds gradients of `module` that were not reduced yet."""
+    for each in module.modules():
+        if not isinstance(each, FSDPModule):
+            continue
+        state: Any = each._get_fsdp_state()
+        for group in state._fsdp_param_groups:
+            if group._partial_reduce_output is not None:
+                return True
+            for parameter in group.fsdp_params:
+                unsharded = getattr(parameter, "_unsharded_param", None)
+                if parameter.unsharded_accumulated_grad is not None or (
+                    unsharded is not None and unsharded.grad is not None
+                ):
+                    return True
+    return False

@@ -17,7 +17,7 @@ import xxhash
 from trainonce.errors import RecoveryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
     from trainonce.worker.inner import InnerGroup
 
@@ -183,17 +183,61 @@ def _wait_all(works: list[Any]) -> None:
         work.wait()
 
 
-def receive_state(
-    inner: InnerGroup, source: int, tensors: Sequence[tuple[str, torch.Tensor]]
+def agree_on_digest(inner: InnerGroup, sources: Sequence[int], place: int, digest: str) -> str:
+    """Return one digest of all parts in the first of `sources`, their own one in the others.
+
+    Args:
+        inner: The group.
+        sources: Ranks that each sent one part.
+        place: This rank's place among them.
+        digest: Of the part that it sent.
+    """
+    if place > 0:
+        send_record(inner, sources[0], {"digest": digest})
+        return digest
+    others = [receive_record(inner, source)["digest"] for source in sources[1:]]
+    return _digest_of_parts([digest, *others])
+
+
+def _digest_of_parts(digests: Sequence[str]) -> str:
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def receive_parts(
+    inner: InnerGroup,
+    sources: Sequence[int],
+    parts: Sequence[Sequence[tuple[str, torch.Tensor]]],
 ) -> tuple[str, int]:
-    """Receive into named tensors, in the order and sizes that were sent.
+    """Receive from every source its part, at the same time, in the sizes that were sent.
 
     Returns:
-        Digest and size in bytes.
+        Digest and size in bytes of all parts.
 
     Raises:
         RecoveryError: What arrived is not what was sent.
     """
+    found: list[tuple[str, int]] = [("", 0)] * len(sources)
+
+    def receive(place: int) -> Generator[None]:
+        found[place] = yield from _receive_part(inner, sources[place], parts[place])
+
+    under_way = deque(receive(place) for place in range(len(sources)))
+    while under_way:
+        each = under_way.popleft()
+        if next(each, _OVER) is not _OVER:
+            under_way.append(each)
+    return _digest_of_parts([digest for digest, _ in found]), sum(size for _, size in found)
+
+
+_OVER = object()
+
+
+def _receive_part(
+    inner: InnerGroup, source: int, tensors: Sequence[tuple[str, torch.Tensor]]
+) -> Generator[None, None, tuple[str, int]]:
+    """Receive named tensors, in the order and sizes that were sent; yields after each message."""
     sizes = [_num_bytes(tensor) for _, tensor in tensors]
     checksums = _Checksums(len(tensors))
     landing = _Landing(tensors)
@@ -213,15 +257,17 @@ def receive_state(
         data = landing.prepare(message)
         under_way.append((message, data, inner.pg.recv([data], source, _TAG)))
         if len(under_way) == _IN_FLIGHT:
+            yield
             finish_one()
     while under_way:
+        yield
         finish_one()
     found = {"digest": checksums.digest(tensors), "bytes": sum(sizes)}
     sent = receive_record(inner, source)
     if sent != found:
         raise RecoveryError(
             f"the state arrived damaged: {found['bytes']} bytes with digest {found['digest']},"
-            f" the donor sent {sent['bytes']} bytes with digest {sent['digest']}"
+            f" rank {source} sent {sent['bytes']} bytes with digest {sent['digest']}"
         )
     return str(found["digest"]), sum(sizes)
 

@@ -13,6 +13,8 @@ from trainonce.events import ReplicasDiffer
 from trainonce.worker.transfer import as_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trainonce.worker.state import Named
 
 
@@ -22,38 +24,61 @@ def majority(values: list[int]) -> int | None:
     return values.index(value) if 2 * count > len(values) else None
 
 
-def compare_replicas(tensors: Named, *, step: int, world_size: int) -> ReplicasDiffer | None:
-    """Compare replicated tensors between ranks; repair those that differ from the majority.
+def compare_replicas(tensors: Named, *, step: int, shards: Sequence[str]) -> ReplicasDiffer | None:
+    """Compare tensors between the ranks that hold the same; repair what differs.
 
-    Collective: every rank must call it, with the same names. Tensors without a majority (two
-    replicas that differ) are left as they are.
+    What differs from the majority of its copies is repaired from it; tensors without a
+    majority (two replicas that differ) are left as they are.
+
+    Collective: every rank must call it, with the same names.
+
+    Args:
+        tensors: What this rank holds, by name.
+        step: Committed steps, for the event.
+        shards: Shard key by rank; those with the same key hold the same.
 
     Returns:
         What differed, the same on all ranks; None if nothing did.
     """
-    mine = torch.tensor([_signed(_checksum(t)) for _, t in tensors])
+    world_size = len(shards)
+    mine = torch.tensor([[_signed(_checksum(t)), t.numel()] for _, t in tensors])
     everywhere = [torch.zeros_like(mine) for _ in range(world_size)]
     dist.all_gather(everywhere, mine)
+    alike = [[r for r in range(world_size) if shards[r] == key] for key in dict.fromkeys(shards)]
     names: list[str] = []
     odd: set[int] = set()
     repaired_from = -1
     for index, (name, tensor) in enumerate(tensors):
-        values = [int(each[index]) for each in everywhere]
-        if len(set(values)) == 1:
-            continue
-        names.append(name)
-        source = majority(values)
-        if source is None:
-            odd.update(range(world_size))
-            continue
-        odd.update(rank for rank, value in enumerate(values) if value != values[source])
-        repaired_from = source
-        dist.broadcast(tensor.data, source)
+        for ranks in alike:
+            values = [int(everywhere[rank][index, 0]) for rank in ranks]
+            if len(set(values)) == 1:
+                continue
+            names.append(name)
+            place = majority(values)
+            if place is None:
+                odd.update(ranks)
+                continue
+            odd.update(r for r, value in zip(ranks, values, strict=True) if value != values[place])
+            repaired_from = ranks[place]
+            _repair(tensor, ranks, repaired_from, int(everywhere[repaired_from][index, 1]))
     if not names:
         return None
     return ReplicasDiffer(
         step=step, odd_ranks=sorted(odd), names=names, repaired_from=repaired_from
     )
+
+
+def _repair(tensor: torch.Tensor, ranks: list[int], source: int, numel: int) -> None:
+    """Broadcast over all ranks, some of which hold another part; `ranks` take it over."""
+    if len(ranks) == dist.get_world_size():
+        dist.broadcast(tensor.data, source)
+        return
+    value = torch.empty(numel, dtype=tensor.dtype, device=tensor.device)
+    if dist.get_rank() == source:
+        value.copy_(tensor.data.reshape(-1))
+    dist.broadcast(value, source)
+    if dist.get_rank() in ranks:
+        tensor.data.copy_(value.view(tensor.shape))
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -5,20 +5,26 @@ import json
 import pytest
 
 from trainonce.errors import CollectiveError, RecoveryError
-from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.oplog import SETUP, UNSHARED, Known, bucket_order_interval
 from trainonce.worker.plan import RankReport, plan_recovery
 
 WORLD = "world"
 SUM = "all_reduce(float32[8],SUM)"
 
 
-def report(commits, done=(), pending=(), *, fresh=False, donor=True, original=True, ranks=3):
+def report(
+    commits, done=(), pending=(), *, fresh=False, donor=True, original=True, ranks=3, shards=()
+):
     ops = {(WORLD, interval, seq): (SUM, True) for interval, seq in done}
     ops |= {(WORLD, interval, seq): (SUM, False) for interval, seq in pending}
     return RankReport(
         fresh=fresh, commits=commits, donor=donor and not fresh, original=original,
-        groups={WORLD: list(range(ranks))}, ops=ops,
+        groups={WORLD: list(range(ranks))}, ops=ops, shards=list(shards),
     )  # fmt: skip
+
+
+def donations(plan):
+    return [(each.sources, each.targets) for each in plan.donations]
 
 
 FRESH = report(0, fresh=True, original=False)
@@ -26,14 +32,14 @@ FRESH = report(0, fresh=True, original=False)
 
 def test_a_newcomer_gets_the_state_and_the_results_of_the_step_in_flight():
     plan = plan_recovery([report(5, [(5, 0)], [(5, 1)]), FRESH, report(5, [(5, 0)], [(5, 1)])])
-    assert (plan.commits, plan.donor, plan.state_to) == (5, 0, (1,))
+    assert (plan.commits, donations(plan)) == (5, [((0,), (1,))])
     assert [(t.name[1:], t.source, t.targets) for t in plan.results] == [((5, 0), 0, (1,))]
 
 
 def test_a_rank_one_step_behind_gets_results_and_no_state():
     ahead, behind = report(6, [(5, 0), (5, 1)]), report(5, [(5, 0)], [(5, 1)])
     plan = plan_recovery([behind, ahead, FRESH])
-    assert (plan.commits, plan.donor, plan.state_to) == (6, 1, (2,))
+    assert (plan.commits, donations(plan)) == (6, [((1,), (2,))])
     assert [(t.name[1:], t.targets) for t in plan.results] == [((5, 1), (0,))]
 
 
@@ -49,7 +55,7 @@ def test_results_complete_out_of_order_and_come_from_whoever_holds_them():
 
 def test_a_donor_that_has_begun_its_update_without_a_copy_is_passed_over():
     plan = plan_recovery([report(5, donor=False), report(5), FRESH])
-    assert plan.donor == 1
+    assert donations(plan) == [((1,), (2,))]
 
 
 def test_without_any_donor_there_is_no_plan():
@@ -90,9 +96,73 @@ def test_the_bucket_order_is_given_by_a_rank_that_was_there_from_the_beginning()
 
 def test_a_re_formed_group_moves_nothing():
     plan = plan_recovery([report(5, [(5, 0)]), report(5, [(5, 0)]), report(5, [(5, 0)])])
-    assert (plan.donor, plan.state_to, plan.results) == (None, (), ())
+    assert (plan.donations, plan.results) == ((), ())
+
+
+def test_a_newcomer_gets_its_shard_from_all_ranks_that_hold_the_same():
+    table = ["a", "b", "a", "b", "a", "b"]
+    alive, dead = report(5, ranks=6, shards=table), report(0, fresh=True, ranks=6)
+    plan = plan_recovery([alive, dead, dead, alive, alive, alive])
+    assert donations(plan) == [((3, 5), (1,)), ((0, 4), (2,))]
+    assert plan.shards == tuple(table)
+
+
+def test_a_shard_that_nobody_holds_any_more_is_named():
+    alive, dead = (
+        report(5, ranks=4, shards=["a", "b", "a", "b"]), report(0, fresh=True, ranks=4),
+    )  # fmt: skip
+    with pytest.raises(RecoveryError, match=r"part of the state that ranks \[1, 3\] held"):
+        plan_recovery([alive, dead, alive, dead])
+
+
+def test_a_rank_that_alone_holds_a_shard_commits_first_where_it_lags_behind():
+    table = ["a", "b", "a", "b"]
+    ahead = report(6, [(5, 0), (5, 1)], ranks=4, shards=table)
+    behind = report(5, [(5, 0)], [(5, 1)], ranks=4, shards=table)
+    plan = plan_recovery([ahead, report(0, fresh=True, ranks=4), ahead, behind])
+    assert (plan.catch_up, plan.donations) == ((3,), ())
+    assert [(t.name[1:], t.targets) for t in plan.results] == [((5, 1), (3,))]
+    plan = plan_recovery([ahead, report(0, fresh=True, ranks=4), ahead, ahead])
+    assert (plan.catch_up, donations(plan)) == ((), [((3,), (1,))])
+
+
+def gathers(commits, known, **more):
+    ops = {("pair", 5, seq): ("all_gather(float32[8])", what) for seq, what in known.items()}
+    return RankReport(
+        fresh=False, commits=commits, donor=True, groups={"pair": [0, 1, 2]}, ops=ops, **more
+    )
+
+
+def test_what_is_kept_as_inputs_only_is_issued_again_by_all_where_one_lacks_the_result():
+    kept = gathers(5, {0: Known.INPUT, 1: Known.INPUT, 2: Known.NOTHING})
+    slower = gathers(5, {0: Known.INPUT, 1: Known.NOTHING})
+    assert plan_recovery([kept, kept, slower]).again == (("pair", 5, 1),)
+    plan = plan_recovery([kept, FRESH, slower])
+    assert plan.again == (("pair", 5, 0), ("pair", 5, 1))
+    assert plan.results == ()
+
+
+def test_a_result_that_somebody_has_is_handed_over_and_not_reduced_again():
+    plan = plan_recovery([gathers(5, {0: Known.INPUT}), gathers(5, {0: Known.RESULT}), FRESH])
+    assert [(t.source, t.targets) for t in plan.results] == [(1, (2,))]
+    assert plan.again == ()
+
+
+def shadowed(*commits):
+    return RankReport(fresh=True, commits=0, donor=False, shadows=list(commits))
+
+
+def test_newcomers_without_a_donor_go_on_from_the_newest_shadow_that_all_have():
+    alone = report(6, [(5, 0), (6, 0)], ranks=3, shards=["a", "b", "c"])
+    plan = plan_recovery([alone, shadowed(6, 5), shadowed(6, 5)])
+    assert (plan.restores, plan.num_recomputed(1)) == ({1: 6, 2: 6}, 1)
+    plan = plan_recovery([alone, shadowed(6, 5), shadowed(5, 4)])
+    assert (plan.restores, plan.num_recomputed(1)) == ({1: 5, 2: 5}, 2)
+    assert {t.name[1] for t in plan.results} == {5, 6}
+    with pytest.raises(RecoveryError, match="no living rank holds the part"):
+        plan_recovery([alone, shadowed(4, 3), shadowed(6, 5)])
 
 
 def test_reports_survive_the_wire():
-    sent = report(5, [(5, 0)], [(5, 1)])
+    sent = report(5, [(5, 0)], [(5, 1)], shards=["a", "b", "a"])
     assert RankReport.from_record(json.loads(json.dumps(sent.to_record()))) == sent

@@ -1,0 +1,61 @@
+"""Sharded jobs without faults under torchrun, each run once for all tests that compare with it."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from trainonce.testing import run_job
+
+SCRIPT = Path(__file__).parent / "scripts" / "sharded.py"
+
+
+def ranks(axes):
+    return math.prod(int(each.split(":")[1]) for each in axes)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """Return a function that gives what plain torch does: the script under torchrun."""
+    known = {}
+
+    def find(way, *axes, steps=14):
+        key = (way, *axes, steps)
+        if key not in known:
+            known[key] = run_job(
+                SCRIPT, way, *axes, "--steps", steps,
+                nproc_per_node=ranks(axes), launcher="torchrun",
+                home=tmp_path_factory.mktemp("plain"),
+            )  # fmt: skip
+            known[key].assert_completed()
+        return known[key]
+
+    return find
+
+
+@pytest.fixture
+def shaken(plain, tmp_path):
+    """Return a function that runs the script with faults, and checks what holds for each.
+
+    The job ends well, leaves no process behind, loses no committed step, every fault of the
+    plan fired, and all ranks end bit for bit as under torchrun.
+    """
+
+    def run(way, *axes, faults, steps=14, spares=2, arguments=(), options=(), served_by="rebuild"):
+        result = run_job(
+            SCRIPT, way, *axes, "--steps", steps, *arguments,
+            nproc_per_node=ranks(axes), spares=spares, chaos="; ".join(faults), options=options,
+            home=tmp_path / "home",
+        )  # fmt: skip
+        result.assert_completed()
+        assert len(result.faults) == len(faults), result.explain()
+        for fault in result.faults:
+            result.assert_fired(
+                fault.fault, rank=fault.rank, step=fault.step, point=fault.point,
+                pid=fault.pid, cause="signal", detail="SIGKILL", served_by=served_by,
+            )  # fmt: skip
+        result.assert_nothing_lost()
+        result.assert_same_state(plain(way, *axes, steps=steps))
+        return result
+
+    return run

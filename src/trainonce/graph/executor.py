@@ -97,7 +97,7 @@ def _store_at(location: str | Path | None) -> Store:
     """Return the store of a location, opened once in each process."""
     key = (os.getpid(), str(location or settings.STORE.get() or settings.home()))
     store = _stores.get(key)
-    if store is None or not (store.root / "index.db").exists():
+    if store is None or not store.index.db.path.exists():
         store = _stores[key] = open_store(location)
     return store
 

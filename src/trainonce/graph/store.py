@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainonce.errors import ConfigError, EncodingError, StoreError
+from trainonce.errors import ConfigError, DamagedError, EncodingError, StoreError
 from trainonce.graph import codecs
 from trainonce.graph.blobs import Blobs
 from trainonce.graph.digest import digest_bytes, digest_file
-from trainonce.graph.index import Entry, Index
+from trainonce.graph.index import Entry, Index, index_path
+from trainonce.graph.journal import Journal
 from trainonce.graph.leases import EXPIRY_S, Lease, Leases, process_identity
 from trainonce.graph.places import Place, place_of
 from trainonce.graph.remote import Remote, RemoteLease, open_remote
@@ -99,7 +100,8 @@ class Store:
             self.root = place.local / "tenants" / self.bind("folder")[:32]
         _make_folder(self.root, read_only=read_only)
         self.blobs = Blobs(self.root, key=self.tenant_key, read_only=read_only)
-        self.index = Index(self.root / "index.db", key=self.tenant_key, read_only=read_only)
+        self.journal = Journal(self.root, key=self.tenant_key)
+        self.index = self._open_index()
         self.leases = Leases(self.index.db, expiry_s=expiry_s, clock=clock)
         self.remote = (
             Remote(remote, key=self.tenant_key, expiry_s=expiry_s, clock=clock) if remote else None
@@ -329,6 +331,24 @@ class Store:
 
     # -------------------------------------------------------- within
 
+    def _open_index(self) -> Index:
+        """Open the index; one that is damaged is made again from the journal."""
+        path = index_path(self.root)
+        try:
+            index = Index(path, key=self.tenant_key, read_only=self.read_only)
+        except DamagedError as error:
+            if self.read_only:
+                raise
+            self.troubles.append(f"{error.message}: made again from the journal")
+            index = Index(self.journal.rebuild(path), key=self.tenant_key)
+        if not self.read_only:
+            index.db.repair = self._repair
+        return index
+
+    def _repair(self, damaged: Path) -> Path:
+        self.troubles.append(f"the index {damaged} is damaged: made again from the journal")
+        return self.journal.rebuild(damaged)
+
     def _commit_entry(self, entry: Entry, claim: Claim | None, replace: bool) -> Entry:
         stands = entry
         if self.is_forgotten(entry):
@@ -358,6 +378,8 @@ class Store:
         else:
             with self.index.db.transaction(durable=True) as connection:
                 write(connection)
+        if stands.output == entry.output:
+            self.journal.add(stands)
         return stands
 
     def _keep_bytes(self, data: bytes) -> None:
@@ -465,7 +487,7 @@ def tenant_key(secret: str | bytes) -> bytes:
 
 def _make_folder(root: Path, *, read_only: bool) -> None:
     if read_only:
-        if not (root / "index.db").exists():
+        if not index_path(root).exists():
             raise StoreError(f"there is no store in {root}", hint="it is made by the first write")
         return
     try:

@@ -110,6 +110,7 @@ def collect(store: Store, budget_bytes: int | None = None) -> Collected:
         holders = {row[0] for row in connection.execute("SELECT DISTINCT holder FROM pins")}
         for holder in filter(is_dead, holders):
             connection.execute("DELETE FROM pins WHERE holder=?", (holder,))
+    store.journal.rewrite(store.index)
     budget = budget_bytes if budget_bytes is not None else store.budget_bytes
     evicted = evict(store, budget if budget is not None else 1 << 62)
     done.blobs += evicted.blobs
@@ -213,10 +214,12 @@ def _descendants(store: Store, wanted: set[str]) -> list[Entry]:
 
 def _bury(store: Store, digests: list[str], what: list[str]) -> None:
     text = ", ".join(what)
+    rows = [(digest, text, time.time()) for digest in digests]
+    store.journal.bury(rows)
     with store.index.db.transaction(durable=True) as connection:
         connection.executemany(
             "INSERT OR REPLACE INTO tombstones VALUES (?,?,?)",
-            [(digest, text, time.time()) for digest in digests],
+            rows,
         )
     if store.remote is not None:
         for digest in digests:

@@ -131,7 +131,7 @@ class Evaluator:
             store = self.settings.store
             loaded = store.load(task.entry) if store is not None and task.entry else None
             if store is not None and task.entry is not None and loaded is not None:
-                store.note_use(task.entry, loaded.read_s)
+                self._note_use(task, task.entry, loaded.read_s)
                 task.value = loaded.value
                 return task.value
             before = task.output
@@ -169,6 +169,11 @@ class Evaluator:
 
     def _hit(self, task: Task, entry: Entry) -> None:
         task.entry, task.output, task.how, task.settled = entry, entry.output, "hit", True
+
+    def _note_use(self, task: Task, entry: Entry, read_s: float) -> None:
+        assert self.settings.store is not None
+        options = task.node.function.options
+        self.settings.store.note_use(entry, read_s, threads=options.threads, gpus=options.gpus)
 
     # -------------------------------------------------------- running
 
@@ -222,7 +227,7 @@ class Evaluator:
         if entry is None or loaded is None:
             return False
         self._hit(task, entry)
-        store.note_use(entry, loaded.read_s)
+        self._note_use(task, entry, loaded.read_s)
         task.value = loaded.value
         return True
 

@@ -122,9 +122,7 @@ class Index:
         self._read_only = read_only
         self._check_format()
 
-    def refill(
-        self, entries: Iterable[Entry], tombstones: dict[str, tuple[str, float]]
-    ) -> None:
+    def refill(self, entries: Iterable[Entry], tombstones: dict[str, tuple[str, float]]) -> None:
         """Write what a journal holds into a new index.
 
         Fencing tokens go on above all that were ever given, so that nobody's old claim fits.

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trainonce.errors import ConfigError, DamagedError, EncodingError, StoreError
 from trainonce.graph import codecs
 from trainonce.graph.blobs import Blobs
+from trainonce.graph.booking import book, saved
 from trainonce.graph.digest import digest_bytes, digest_file
 from trainonce.graph.index import Entry, Index, index_path
 from trainonce.graph.journal import Journal
@@ -70,7 +71,8 @@ class Store:
         remote: The shared half, if any.
         expiry_s: How long an owner may stall before its claim is taken over.
         clock: What waiters measure with.
-        on_event: Is given `events.ComputeSaved` for the first use of each result.
+        on_event: Is given `events.ComputeSaved` for the first use of each result; the ledger of
+            `TRAINONCE_HOME` if None.
 
     Raises:
         StoreError: It is damaged, of a newer format, or cannot be made.
@@ -91,7 +93,7 @@ class Store:
         self.place = place
         self.budget_bytes = budget_bytes
         self.read_only = read_only
-        self.on_event = on_event
+        self.on_event = on_event or book
         self.troubles: list[str] = []
         self.tenant_key = tenant_key(tenant) if tenant is not None else None
         self.root = place.local
@@ -152,25 +154,24 @@ class Store:
         """Tell whether the bytes of an action seem to be in this half of the store."""
         return bool(entry.blob) and self.blobs.has(entry.blob)
 
-    def note_use(self, entry: Entry, read_s: float) -> None:
-        """Count a use, and report what it saved if it is the first of this process."""
+    def note_use(self, entry: Entry, read_s: float, *, threads: int = 1, gpus: int = 0) -> None:
+        """Count a use, and report what it saved if it is the first of this process.
+
+        Args:
+            entry: What was used.
+            read_s: How long reading it took.
+            threads: CPU threads that computing it occupied.
+            gpus: GPUs that computing it occupied.
+        """
         if not self.read_only:
             with contextlib.suppress(StoreError):
                 self.index.touch(entry.key)
-        if self.on_event is not None and entry.key not in self._saved:
-            from trainonce.events import ComputeSaved
-
+        if entry.key not in self._saved:
+            self._saved.add(entry.key)
+            cost = {"threads": threads, "gpus": gpus}
             self.on_event(
-                ComputeSaved(
-                    wall_s=time.time(),
-                    mono_s=time.monotonic(),
-                    node=entry.node,
-                    key=entry.key,
-                    saved_s=max(entry.seconds - read_s, 0.0),
-                    read_s=read_s,
-                )
+                saved(entry.node, entry.key, seconds=entry.seconds, read_s=read_s, **cost)
             )
-        self._saved.add(entry.key)
 
     # -------------------------------------------------------- claims
 
@@ -454,7 +455,8 @@ def open_store(
         budget_bytes: Evict beyond this many bytes on this host.
         tenant: A secret that binds every digest and entry.
         read_only: Never write.
-        on_event: Is given an `events.ComputeSaved` for the first use of each result.
+        on_event: Is given an `events.ComputeSaved` for the first use of each result; the ledger
+            of `TRAINONCE_HOME` if None.
         expiry_s: How long an owner may stall before its claim is taken over, seconds.
         remote_options: Options of obstore: endpoint, region, keys.
 

@@ -13,13 +13,14 @@ import numpy as np
 from torch.utils.data import Dataset, default_collate
 
 from trainonce.errors import StateMismatchError, StoreError
-from trainonce.events import ComputeSaved, Event
+from trainonce.graph.booking import book, saved
 from trainonce.graph.features.compute import (
     Engine,
     Filled,
     check_rows_independent,
     compare,
     fill,
+    occupied,
     seconds_per_row,
 )
 from trainonce.graph.features.fingerprint import Fingerprint, write_aside
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trainonce.events import Event
     from trainonce.graph.features.segments import Column
     from trainonce.graph.features.source import Source
 
@@ -120,15 +122,14 @@ class FeatureRows(Dataset[Any]):
             audited=audited,
             audit_worst=worst,
         )
-        if sink is not None and hits:
-            sink(
-                ComputeSaved(
-                    wall_s=time.time(),
-                    mono_s=time.monotonic(),
-                    node=f"features({name})",
-                    key=fingerprint.digest,
-                    saved_s=self.report.saved_s,
+        if hits:
+            (sink or book)(
+                saved(
+                    f"features({name})",
+                    fingerprint.digest,
+                    seconds=self.report.saved_s,
                     read_s=lookup_s,
+                    **occupied(engine.device),
                 )
             )
 

@@ -24,7 +24,10 @@ from trainonce.graph.features.compute import (
     seconds_per_row,
 )
 from trainonce.graph.features.fingerprint import Fingerprint, write_aside
+from trainonce.graph.features.items import refuse_forgotten
 from trainonce.graph.features.rows import RowTable
+from trainonce.graph.features.tables import forgotten
+from trainonce.graph.features.upkeep import note_lineage, note_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +93,7 @@ class FeatureRows(Dataset[Any]):
         started: float,
         sink: Callable[[Event], None] | None,
         name: str,
+        has_variants: bool,
     ) -> None:
         self.fingerprint = fingerprint = fingerprint_now()
         self._fingerprint_now: Callable[[], Fingerprint] | None = fingerprint_now
@@ -98,14 +102,17 @@ class FeatureRows(Dataset[Any]):
         self._folder = folder
         self._variant = 0
         self._all_digests = digests
+        self._has_variants = has_variants
         self._table = RowTable(folder / fingerprint.digest[:40], fingerprint.digest, verify=verify)
         everything = np.concatenate(digests)
+        refuse_forgotten(np.flatnonzero(np.isin(everything, forgotten(folder))) % len(digests[0]))
         hits = int(np.count_nonzero(self._table.locate(everything) >= 0))
         lookup_s = time.perf_counter() - started
         done = self._fill(hits)
         self._slots = [self._table.locate(one) for one in digests]
         rate_s = seconds_per_row(self._table.folder)
         audited, worst = self._audit(audit) if audit and hits else (0, 0.0)
+        note_table(self._table.folder, f"features({name})", fingerprint.parts)
         source.release()
         facts = fingerprint.facts
         self.report = Report(
@@ -216,6 +223,9 @@ class FeatureRows(Dataset[Any]):
             check_rows_independent(engine, self._source.num_samples)
             write_aside(self._table.folder / "independent", b"compared\n")
         for variant, digests in enumerate(self._all_digests):
+            if hits < num_rows:
+                for made, origin in self._source.lineage(variant if self._has_variants else None):
+                    note_lineage(self._folder, made, origin)
             if len(self._all_digests) > 1:
                 engine.call_of = _call_of(self._source, variant)
             done = fill(self._table, self._folder, digests, engine)

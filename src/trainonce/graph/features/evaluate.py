@@ -125,6 +125,7 @@ def features(
         verify=verify,
         started=started,
         sink=sink,
+        has_variants=bool(variants),
         name=type(module).__qualname__ if isinstance(module, torch.nn.Module) else str(module),
     )
 

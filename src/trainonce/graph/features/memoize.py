@@ -134,7 +134,9 @@ class MemoizedModel(torch.nn.Module):
         served = self._served(plain, spec, args, kwargs)
         if served is None:
             return self.module(*unmark_all(args), **unmark_all(kwargs))
-        names = names_of([flat[place] for place in served.plan.inputs])
+        names, origins = names_of([flat[place] for place in served.plan.inputs])
+        for origin in origins:
+            served.note_origin(names, origin)
         values = self._values(served, names, plain)
         return served.plan.suffix(values, tuple(plain))
 

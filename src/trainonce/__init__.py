@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from trainonce.graph.node import node as node
     from trainonce.graph.store import Store as Store
     from trainonce.graph.store import open_store as open_store
+    from trainonce.graph.sweeps.halving import Halving as Halving
+    from trainonce.graph.sweeps.segment import Segment as Segment
+    from trainonce.graph.sweeps.sweep import sweep as sweep
     from trainonce.worker.session import Run as Run
     from trainonce.worker.session import init as init
     from trainonce.worker.values import LOST as LOST
@@ -40,13 +43,18 @@ _EXPORTS = {
     "Dir": "trainonce.graph.node",
     "Store": "trainonce.graph.store",
     "open_store": "trainonce.graph.store",
+    "Segment": "trainonce.graph.sweeps.segment",
+    "sweep": "trainonce.graph.sweeps.sweep",
+    "Halving": "trainonce.graph.sweeps.halving",
 }
 
 __all__ = [
     "Dir",
     "File",
+    "Halving",
     "LOST",
     "Run",
+    "Segment",
     "Store",
     "TrainOnceError",
     "__version__",
@@ -56,6 +64,7 @@ __all__ = [
     "memoize",
     "node",
     "open_store",
+    "sweep",
 ]
 
 

@@ -148,5 +148,9 @@ class StoreError(TrainOnceError, RuntimeError):
     """A store cannot be opened, read or written."""
 
 
+class DamagedError(StoreError):
+    """The index of a store is damaged; it is made again from the store's journal."""
+
+
 class LeaseLostError(StoreError):
     """Someone else has taken this claim over meanwhile, so its result is refused."""

@@ -17,6 +17,7 @@ from trainonce.graph.why import compare
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trainonce.graph.features.tables import Table
     from trainonce.graph.index import Entry
 
 
@@ -60,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _ls(store: Store, args: argparse.Namespace) -> int:
     entries = store.index.entries(args.node)
+    tables = [] if args.node else [table for table in upkeep.rows_of(store) if table.name]
     if args.json:
-        _print([_summary(store, entry) for entry in entries])
+        _print([*(_summary(store, entry) for entry in entries), *map(_table_summary, tables)])
         return 0
     for entry in entries:
         state = "" if store.has_bytes(entry) else "  (bytes evicted)"
@@ -69,11 +71,20 @@ def _ls(store: Store, args: argparse.Namespace) -> int:
         size = f"{entry.size_bytes:>12,} B"
         print(f"{entry.key[:16]}  {entry.seconds:9.2f} s {size}  {entry.node}{state}")
     total = sum(entry.size_bytes for entry in entries if store.has_bytes(entry))
-    print(f"{len(entries)} results, {total:,} bytes in {store.root}")
+    for table in tables:
+        seconds = table.seconds_per_row * table.num_rows
+        size = f"{table.size_bytes:>12,} B"
+        print(f"{table.subgraph[:16]}  {seconds:9.2f} s {size}  {table.name}, "
+              f"{table.num_rows:,} rows")  # fmt: skip
+    total += sum(table.size_bytes for table in tables)
+    print(f"{len(entries)} results, {len(tables)} tables of rows, {total:,} bytes in {store.root}")
     return 0
 
 
 def _show(store: Store, args: argparse.Namespace) -> int:
+    table = _table(store, args.key)
+    if table is not None:
+        return _show_table(table, args)
     entry = _entry(store, args.key)
     if args.json:
         _print({**_summary(store, entry), **dataclasses.asdict(entry)})
@@ -89,7 +100,54 @@ def _show(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def _show_table(table: Table, args: argparse.Namespace) -> int:
+    if args.json:
+        _print(_table_summary(table))
+        return 0
+    print(f"rows     {table.name}\nsubgraph {table.subgraph}")
+    print(f"rows     {table.num_rows:,} in {len(table.segments)} files, {table.size_bytes:,} bytes")
+    print(f"took     {table.seconds_per_row * table.num_rows:.3f} s")
+    for name, digest in table.parts.items():
+        print(f"  {name} = {digest}")
+    return 0
+
+
+def _why_table(store: Store, table: Table, args: argparse.Namespace) -> int:
+    """Tell in which parts the digest of a table of rows differs from the nearest other one."""
+    others = [t for t in upkeep.rows_of(store) if t.parts and t.subgraph != table.subgraph]
+    named = [t for t in others if t.name == table.name]
+
+    def changed(other: Table) -> list[str]:
+        names = {**other.parts, **table.parts}
+        return [name for name in names if other.parts.get(name) != table.parts.get(name)]
+
+    nearest = min(named or others, key=lambda t: len(changed(t)), default=None)
+    changes = {} if nearest is None else {
+        name: (nearest.parts.get(name, ""), table.parts.get(name, "")) for name in changed(nearest)
+    }  # fmt: skip
+    if args.json:
+        _print({
+            "key": table.subgraph, "node": table.name,
+            "nearest": nearest.subgraph if nearest else "", "changes": [
+                {"field": name, "before": before, "now": now}
+                for name, (before, now) in changes.items()
+            ],
+        })  # fmt: skip
+        return 0
+    print(f"{table.name} {table.subgraph[:16]}, {table.num_rows:,} rows")
+    if nearest is None:
+        print("  it is the only table of rows")
+        return 0
+    print(f"  against {nearest.subgraph[:16]} ({nearest.name}), the nearest other one:")
+    for name, (before, now) in changes.items():
+        print(f"  {name} changed: {before[:24]} → {now[:24]}")
+    return 0
+
+
 def _why(store: Store, args: argparse.Namespace) -> int:
+    table = _table(store, args.key)
+    if table is not None:
+        return _why_table(store, table, args)
     entries = store.index.entries(args.key) or [_entry(store, args.key)]
     entry = entries[0]
     others = [other for other in store.index.entries(entry.node) if other.key != entry.key]
@@ -122,7 +180,8 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
     if args.json:
         _print(dataclasses.asdict(done))
     else:
-        print(f"removed {done.blobs} blobs, {done.size_bytes:,} bytes")
+        print(f"removed {done.blobs} blobs and {done.segments} files of rows, "
+              f"{done.size_bytes:,} bytes")  # fmt: skip
         print(f"removed {done.temporary_files} temporary files of dead processes")
         print(f"{done.left_bytes:,} bytes left")
     return 0
@@ -133,7 +192,8 @@ def _verify(store: Store, args: argparse.Namespace) -> int:
     if args.json:
         _print(dataclasses.asdict(found))
     else:
-        print(f"{found.blobs} blobs, {found.size_bytes:,} bytes, {found.entries} results")
+        print(f"{found.blobs} blobs, {found.rows:,} rows, {found.size_bytes:,} bytes, "
+              f"{found.entries} results")  # fmt: skip
         for name in found.damaged:
             print(f"damaged: {name}" + ("" if args.keep else " (removed; it is computed again)"))
         print(f"{len(found.damaged)} damaged, {len(found.missing)} results without their bytes")
@@ -183,6 +243,22 @@ def _entry(store: Store, prefix: str) -> Entry:
             hint="`trainonce graph ls` lists the keys",
         )
     return found[0]
+
+
+def _table(store: Store, key: str) -> Table | None:
+    """Return the table of rows whose digest begins with `key`, or whose name it is."""
+    tables = [table for table in upkeep.rows_of(store) if table.name]
+    found = [table for table in tables if key and table.subgraph.startswith(key)]
+    found = found or [table for table in tables if table.name == key]
+    return found[0] if found else None
+
+
+def _table_summary(table: Table) -> dict[str, Any]:
+    return {
+        "key": table.subgraph, "node": table.name, "rows": table.num_rows,
+        "size_bytes": table.size_bytes, "seconds": table.seconds_per_row * table.num_rows,
+        "wall_s": table.last_used_s, "has_bytes": True, "parts": table.parts,
+    }  # fmt: skip
 
 
 def _summary(store: Store, entry: Entry) -> dict[str, Any]:

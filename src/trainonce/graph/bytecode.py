@@ -35,6 +35,7 @@ class Reference:
         module: The module that a local import names, with `name` empty.
         line: Where, in the file.
         called_without_arguments: It is called at once, with nothing in the parentheses.
+        is_free: It is a variable of an enclosing function.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Reference:
     module: str = ""
     line: int = 0
     called_without_arguments: bool = False
+    is_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,12 @@ def _collect(code: CodeType, imported: dict[str, Reference], out: list[Reference
         elif kind.startswith(("LOAD_FAST", "LOAD_DEREF")):
             names = argument if isinstance(argument, tuple) else (argument,)
             known = [imported[name] for name in names if name in imported]
+            # Where the enclosing function imported a module, the closure holds it.
+            known += [
+                Reference(name, (), line=line, is_free=True)
+                for name in names
+                if name in code.co_freevars and name not in imported
+            ]
             out.extend(_chain(instructions, number, root, line) for root in known)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -205,7 +213,9 @@ def _chain(
         number += 1
     last = instructions[number] if number < len(instructions) else None
     bare_call = last is not None and last.opname == "CALL" and last.arg == 0
-    return Reference(root.name, tuple(attributes), root.module, line or root.line, bare_call)
+    return Reference(
+        root.name, tuple(attributes), root.module, line or root.line, bare_call, root.is_free
+    )
 
 
 def _stored(

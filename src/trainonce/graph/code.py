@@ -171,7 +171,14 @@ class _Walk:
         if attributes:
             found.append(("attributes", self._value(attributes, f"attributes of {name}")))
         self.result.parts[name] = combine("function", found)
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         for reference in body.references:
+            if reference.is_free:
+                held = _content(cells[reference.name]) if reference.name in cells else None
+                if isinstance(held, types.ModuleType):
+                    where = f"{Path(function.__code__.co_filename).name}:{reference.line}"
+                    self._chain(function, held, reference.name, reference, where)
+                continue
             value = function.__globals__.get(reference.name)
             if not (reference.name in body.written_only and _is_added_to(value)):
                 self._reference(name, function, reference)

@@ -15,13 +15,14 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from trainonce.errors import StoreError
+from trainonce.errors import DamagedError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
 BUSY_S = 120.0
+_DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
 class Database:
@@ -36,6 +37,8 @@ class Database:
     def __init__(self, path: Path, schema: str, *, read_only: bool = False) -> None:
         self.path = path.resolve()  # claims are told apart by it
         self.read_only = read_only
+        # Is asked to make the file anew where it turns out damaged; returns the path to use.
+        self.repair: Callable[[Path], Path] | None = None
         self._schema = schema
         self._local = threading.local()
 
@@ -45,11 +48,17 @@ class Database:
         Raises:
             StoreError: The file cannot be opened, or is no database.
         """
-        held: tuple[int, sqlite3.Connection] | None = getattr(self._local, "held", None)
-        if held is None or held[0] != os.getpid():
-            held = (os.getpid(), self._open())
+        held: tuple[int, Path, sqlite3.Connection] | None = getattr(self._local, "held", None)
+        if held is None or held[:2] != (os.getpid(), self.path):
+            try:
+                opened = self._open()
+            except DamagedError as error:
+                if not self._try_repair(error):
+                    raise
+                opened = self._open()
+            held = (os.getpid(), self.path, opened)
             self._local.held = held
-        return held[1]
+        return held[2]
 
     @contextlib.contextmanager
     def transaction(self, *, durable: bool = False) -> Generator[sqlite3.Connection]:
@@ -73,7 +82,9 @@ class Database:
                     connection.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise self._explain(error) from error
+            explained = self._explain(error)
+            self._try_repair(explained)
+            raise explained from error
 
     def read(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple]:
         """Return all rows of a query.
@@ -84,14 +95,25 @@ class Database:
         try:
             return self.connection().execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise self._explain(error) from error
+            explained = self._explain(error)
+            if self._try_repair(explained):
+                return self.connection().execute(statement, values).fetchall()
+            raise explained from error
 
     def close(self) -> None:
         """Close this thread's connection."""
         held = getattr(self._local, "held", None)
         if held is not None and held[0] == os.getpid():
-            held[1].close()
+            held[2].close()
         self._local.held = None
+
+    def _try_repair(self, error: StoreError) -> bool:
+        """Go over to a new file where this one is damaged; tell whether there is one."""
+        if not isinstance(error, DamagedError) or self.repair is None:
+            return False
+        repaired = self.repair(self.path)
+        moved, self.path = repaired != self.path, repaired
+        return moved
 
     def _begin(self, connection: sqlite3.Connection) -> None:
         # SQLite's own busy handler sleeps in growing steps that starve some of a crowd.
@@ -148,9 +170,12 @@ class Database:
         hint = None
         if "full" in str(error) or "disk I/O" in str(error):
             hint = "free some space, or give the store a smaller budget"
-        if "malformed" in str(error) or "not a database" in str(error):
-            hint = f"move {self.path} away; results are then found again as they are recomputed"
-        return StoreError(f"the index {self.path} cannot be used: {error}", hint=hint)
+        text = f"the index {self.path} cannot be used: {error}"
+        code = getattr(error, "sqlite_errorcode", None)
+        if code in _DAMAGE or "no such" in str(error) or "malformed" in str(error):
+            hint = "open the store for writing: its index is then made again from its journal"
+            return DamagedError(text, hint=hint)
+        return StoreError(text, hint=hint)
 
 
 def _is_busy(error: sqlite3.Error) -> bool:

@@ -46,6 +46,8 @@ class Task:
         expansion: What its function returned, where that holds nodes.
         output: Digest of the result, bound to the tenant; None where it has none.
         how: "hit", "run" or "shared", once it is settled.
+        deferred: Somebody else evaluates it: others come first, then it is tried again.
+        seconds: How long running it took here.
     """
 
     node: Node[Any]
@@ -58,13 +60,19 @@ class Task:
     twin: Task | None = None
     how: str = ""
     settled: bool = False
+    deferred: bool = False
+    seconds: float = 0.0
     gpus: tuple[int, ...] = ()
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a `compute` evaluates its nodes; see `executor.compute`."""
+    """How a `compute` evaluates its nodes; see `executor.compute`.
+
+    With `defer_s` a node that somebody else evaluates is put off after so long, and others come
+    first. With `drop_values` results are not held in memory once they are stored.
+    """
 
     store: Store | None
     executor: Executor | None = None
@@ -73,6 +81,8 @@ class Settings:
     wait_s: float | None = None
     accept_changes: bool = False
     nested: bool = False
+    drop_values: bool = False
+    defer_s: float | None = None
 
 
 class Evaluator:
@@ -98,13 +108,14 @@ class Evaluator:
     def run(self, task: Task) -> None:
         """Run a task that was looked up in vain.
 
-        Afterwards it is settled, or has an expansion whose nodes come first.
+        Afterwards it is settled, or deferred, or has an expansion whose nodes come first.
 
         Raises:
             NodeError: Its function failed.
             InputMutatedError: Its function changed an input.
         """
         with task.lock:
+            task.deferred = False
             self._run(task)
 
     def finish_expansion(self, task: Task) -> None:
@@ -131,7 +142,7 @@ class Evaluator:
             store = self.settings.store
             loaded = store.load(task.entry) if store is not None and task.entry else None
             if store is not None and task.entry is not None and loaded is not None:
-                store.note_use(task.entry, loaded.read_s)
+                self._note_use(task, task.entry, loaded.read_s)
                 task.value = loaded.value
                 return task.value
             before = task.output
@@ -170,12 +181,17 @@ class Evaluator:
     def _hit(self, task: Task, entry: Entry) -> None:
         task.entry, task.output, task.how, task.settled = entry, entry.output, "hit", True
 
+    def _note_use(self, task: Task, entry: Entry, read_s: float) -> None:
+        assert self.settings.store is not None
+        options = task.node.function.options
+        self.settings.store.note_use(entry, read_s, threads=options.threads, gpus=options.gpus)
+
     # -------------------------------------------------------- running
 
     def _run(self, task: Task) -> None:
         """Run a task under a claim, unless somebody else commits it meanwhile."""
         claim = self._claim(task)
-        if task.settled and claim is None and task.value is not UNSET:
+        if task.deferred or (task.settled and claim is None and task.value is not UNSET):
             return
         try:
             if claim is None:
@@ -207,7 +223,10 @@ class Evaluator:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return None  # the caller must not wait: it computes without a claim
-                store.wait(task.key.key, min(left_s, 600.0))
+                defer_s = self.settings.defer_s
+                if not store.wait(task.key.key, min(left_s, defer_s or 600.0)) and defer_s:
+                    task.deferred = True
+                    return None
             except StoreError as error:
                 store.troubles.append(str(error))
                 return None
@@ -222,7 +241,7 @@ class Evaluator:
         if entry is None or loaded is None:
             return False
         self._hit(task, entry)
-        store.note_use(entry, loaded.read_s)
+        self._note_use(task, entry, loaded.read_s)
         task.value = loaded.value
         return True
 
@@ -240,6 +259,7 @@ class Evaluator:
         if any(isinstance(item, Node) for item in inputs.find(outcome.value)):
             task.expansion = outcome.value
             return
+        task.seconds = outcome.seconds
         reasons = [*task.key.reasons, *outcome.reasons, *self._changes(task)]
         task.value, task.how, task.settled = outcome.value, "run", True
         try:
@@ -332,8 +352,9 @@ class Evaluator:
         replace = self._wants_refresh(task)
         stands = store.commit(entry, task.value, claim=claim, replace=replace)
         task.entry, task.output = stands, stands.output
-        if stands.output != entry.output:
-            task.value = UNSET  # somebody was first: their bytes are the result
+        dropped = self.settings.drop_values and store.has_bytes(stands)
+        if stands.output != entry.output or dropped:
+            task.value = UNSET  # somebody was first, or whoever needs it reads it
 
     def _adopt_winner(self, task: Task, store: Store, error: LeaseLostError) -> None:
         store.troubles.append(str(error))

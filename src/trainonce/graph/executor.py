@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # An output that changes at every re-evaluation would have its dependents keyed anew for ever.
 _MAX_RESTARTS = 3
+_DEFER_S = 0.2
 
 
 def compute(
@@ -68,7 +69,7 @@ def compute(
         InputMutatedError: A function changed its input.
         ConfigError: A node wants more GPUs than there are.
     """
-    opened = store if isinstance(store, Store) else _store_at(store)
+    opened = store if isinstance(store, Store) else store_at(store)
     if wait_s is None and _is_distributed():
         wait_s = 0.0
     how = Settings(store=opened, refresh=refresh, strict=strict, wait_s=wait_s, nested=is_watched())
@@ -93,13 +94,35 @@ def compute(
 _stores: dict[tuple[int, str], Store] = {}
 
 
-def _store_at(location: str | Path | None) -> Store:
+def store_at(location: str | Path | None) -> Store:
     """Return the store of a location, opened once in each process."""
     key = (os.getpid(), str(location or settings.STORE.get() or settings.home()))
     store = _stores.get(key)
-    if store is None or not (store.root / "index.db").exists():
+    if store is None or not store.index.db.path.exists():
         store = _stores[key] = open_store(location)
     return store
+
+
+def settle(
+    nodes: list[Node[Any]],
+    store: Store,
+    *,
+    workers: int | None = None,
+    wait_s: float | None = None,
+    progress: bool | Callable[[Progress], None] = False,
+) -> list[Task]:
+    """Evaluate nodes into the store without holding their values; return what became of each.
+
+    Options are those of `compute`.
+    """
+    show = Printer() if progress is True else (progress or None)
+    how = Settings(
+        store=store, wait_s=wait_s, nested=is_watched(), accept_changes=True, drop_values=True,
+        defer_s=_DEFER_S,
+    )  # fmt: skip
+    run = _Run(tuple(nodes), how, Resources.of(workers), show)
+    run.settle()
+    return [run.task_of(node) for node in nodes]
 
 
 def plan_of(node: Node[Any], store: Store, resources: Resources) -> Task:
@@ -189,6 +212,12 @@ class _Run:
 
     def results(self) -> list[Any]:
         """Evaluate everything and return the values in the place of the nodes."""
+        self.settle()
+        take = self._evaluator.value_of
+        return [inputs.replace(v, lambda n: take(self._tasks[id(n)])) for v in self._values]
+
+    def settle(self) -> None:
+        """Evaluate everything."""
         with ThreadPoolExecutor(self._resources.total_threads, "trainonce-node") as pool:
             self._pool = pool
             try:
@@ -198,8 +227,6 @@ class _Run:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        take = self._evaluator.value_of
-        return [inputs.replace(v, lambda n: take(self._tasks[id(n)])) for v in self._values]
 
     def task_of(self, node: Node[Any]) -> Task:
         """Return the task of a node."""
@@ -279,6 +306,8 @@ class _Run:
         done.result()
         if stage == "look up":
             self._looked_up(task)
+        elif task.deferred:
+            self._runnable.append(task)
         elif task.expansion is not UNSET and not task.settled:
             self._add(task.expansion, parent=task)
             if not self._waiting[task]:

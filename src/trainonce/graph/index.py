@@ -9,6 +9,8 @@ is a miss.
 from __future__ import annotations
 
 import json
+import re
+import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,11 @@ from trainonce.graph.digest import digest_bytes
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Iterable
     from pathlib import Path
 
 FORMAT = 1
+_NUMBERED = re.compile(r"index-(\d+)\.db")
 
 SCHEMA = (
     leases.SCHEMA
@@ -86,6 +90,20 @@ class Entry:
     wall_s: float = 0.0
 
 
+def index_path(root: Path, *, after: Path | None = None) -> Path:
+    """Return the index of a store: the newest of `index.db`, `index-1.db`, `index-2.db`...
+
+    Args:
+        root: Folder of the store.
+        after: Return the one to be made after this one instead.
+    """
+    numbers = [int(m[1]) for p in root.glob("index-*.db") if (m := _NUMBERED.fullmatch(p.name))]
+    number = max(numbers, default=0)
+    if after is not None:
+        number += 1
+    return root / (f"index-{number}.db" if number else "index.db")
+
+
 class Index:
     """The entries of one store, in the SQLite file that also holds its claims.
 
@@ -103,6 +121,25 @@ class Index:
         self._key = key
         self._read_only = read_only
         self._check_format()
+
+    def refill(self, entries: Iterable[Entry], tombstones: dict[str, tuple[str, float]]) -> None:
+        """Write what a journal holds into a new index.
+
+        Fencing tokens go on above all that were ever given, so that nobody's old claim fits.
+        """
+        with self.db.transaction(durable=True) as connection:
+            connection.execute("UPDATE fence SET token=?", (abs(time.time_ns()),))
+            for entry in entries:
+                self.write(connection, entry)
+                if entry.blob:
+                    connection.execute(
+                        "INSERT OR REPLACE INTO stored VALUES (?,?)",
+                        (entry.blob, entry.size_bytes),
+                    )
+            connection.executemany(
+                "INSERT OR REPLACE INTO tombstones VALUES (?,?,?)",
+                [(digest, what, wall_s) for digest, (what, wall_s) in tombstones.items()],
+            )
 
     def get(self, key: str) -> Entry | None:
         """Return the entry of an action key, or None where there is none that is intact."""

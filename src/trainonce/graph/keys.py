@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import StoreError, UnhashableError
 from trainonce.graph import inputs
-from trainonce.graph.code import fingerprint
+from trainonce.graph.code import Fingerprint, fingerprint
 from trainonce.graph.digest import combine, digest, digest_file
 from trainonce.graph.node import Dir, File, Node, Resolver, current
 from trainonce.graph.numerics import numerics
@@ -138,23 +138,35 @@ class Keys(Resolver):
             self._part(made, "version", options.version)
             made.shown["version"] = options.version
             # Its code does not count, but whether it seeds has to be known.
+            made.alone = node.function.alone
             with contextlib.suppress(UnhashableError):
-                made.alone = fingerprint(node.function.function).seeds
+                made.alone |= fingerprint(node.function.function).seeds
             return
-        code = fingerprint(node.function.function, path=f"code of {node.name}")
-        made.alone = code.seeds
-        made.notes += code.notes
-        made.reasons += code.impure
         self._part(made, "python", sys.version_info[:2])
         made.shown["python"] = "{}.{}".format(*sys.version_info)
+        codes = node.function.code
+        if len(codes) > 1:
+            self._part(made, "roots", [f"{c.__module__}.{c.__qualname__}" for c in codes])
+        made.alone = node.function.alone
+        for number, reached in enumerate(codes):
+            code = fingerprint(reached, path=f"code of {node.name}")
+            made.alone |= code.seeds
+            made.notes += code.notes
+            made.reasons += [one for one in code.impure if one not in made.reasons]
+            self._add_parts(made, code, number)
+
+    def _add_parts(self, made: ActionKey, code: Fingerprint, number: int) -> None:
         for name, content in code.parts.items():
             kind = "" if name.startswith(("package ", "value ", "module ", "missing ")) else "code "
-            self._part(made, kind + name, content)
+            field = kind + name
+            if made.parts.get(field, self._digest_of(content)) != self._digest_of(content):
+                field += f" ({number})"  # two closures of one function, say
+            self._part(made, field, content)
             if name.startswith("package "):
-                made.shown[name] = content
+                made.shown[field] = content
             elif name in code.places or name.removeprefix("module ") in code.places:
                 place = code.places.get(name) or code.places[name.removeprefix("module ")]
-                made.shown[kind + name] = place
+                made.shown[field] = place
 
     def _add_arguments(self, made: ActionKey, node: Node[Any]) -> None:
         for name, value in node.bound.arguments.items():
@@ -184,7 +196,10 @@ class Keys(Resolver):
             made.lineage.append(("node", key))
 
     def _part(self, made: ActionKey, name: str, value: object, path: str = "value") -> None:
-        made.parts[name] = self._bound(digest(value, path=path))
+        made.parts[name] = self._digest_of(value, path)
+
+    def _digest_of(self, value: object, path: str = "value") -> str:
+        return self._bound(digest(value, path=path))
 
     @property
     def _has_tenant(self) -> bool:

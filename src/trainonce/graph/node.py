@@ -55,6 +55,10 @@ class NodeFunction(Generic[P, R]):
         self.function = function
         self.options = options
         self.name = f"{function.__module__}.{function.__qualname__}"
+        # Whether nothing may run beside it in its process, whatever its code names.
+        self.alone = False
+        # Whose code the key covers; more where the function calls what users hand over.
+        self.code: tuple[Callable[..., Any], ...] = (function,)
         self.signature = inspect.signature(function)
         unknown = set(options.ignore) - set(self.signature.parameters)
         if unknown:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainonce.errors import ConfigError, EncodingError, StoreError
+from trainonce.errors import ConfigError, DamagedError, EncodingError, StoreError
 from trainonce.graph import codecs
 from trainonce.graph.blobs import Blobs
+from trainonce.graph.booking import book, saved
 from trainonce.graph.digest import digest_bytes, digest_file
-from trainonce.graph.index import Entry, Index
+from trainonce.graph.index import Entry, Index, index_path
+from trainonce.graph.journal import Journal
 from trainonce.graph.leases import EXPIRY_S, Lease, Leases, process_identity
 from trainonce.graph.places import Place, place_of
 from trainonce.graph.remote import Remote, RemoteLease, open_remote
@@ -69,7 +71,8 @@ class Store:
         remote: The shared half, if any.
         expiry_s: How long an owner may stall before its claim is taken over.
         clock: What waiters measure with.
-        on_event: Is given `events.ComputeSaved` for the first use of each result.
+        on_event: Is given `events.ComputeSaved` for the first use of each result; the ledger of
+            `TRAINONCE_HOME` if None.
 
     Raises:
         StoreError: It is damaged, of a newer format, or cannot be made.
@@ -90,7 +93,7 @@ class Store:
         self.place = place
         self.budget_bytes = budget_bytes
         self.read_only = read_only
-        self.on_event = on_event
+        self.on_event = on_event or book
         self.troubles: list[str] = []
         self.tenant_key = tenant_key(tenant) if tenant is not None else None
         self.root = place.local
@@ -99,7 +102,8 @@ class Store:
             self.root = place.local / "tenants" / self.bind("folder")[:32]
         _make_folder(self.root, read_only=read_only)
         self.blobs = Blobs(self.root, key=self.tenant_key, read_only=read_only)
-        self.index = Index(self.root / "index.db", key=self.tenant_key, read_only=read_only)
+        self.journal = Journal(self.root, key=self.tenant_key)
+        self.index = self._open_index()
         self.leases = Leases(self.index.db, expiry_s=expiry_s, clock=clock)
         self.remote = (
             Remote(remote, key=self.tenant_key, expiry_s=expiry_s, clock=clock) if remote else None
@@ -150,25 +154,24 @@ class Store:
         """Tell whether the bytes of an action seem to be in this half of the store."""
         return bool(entry.blob) and self.blobs.has(entry.blob)
 
-    def note_use(self, entry: Entry, read_s: float) -> None:
-        """Count a use, and report what it saved if it is the first of this process."""
+    def note_use(self, entry: Entry, read_s: float, *, threads: int = 1, gpus: int = 0) -> None:
+        """Count a use, and report what it saved if it is the first of this process.
+
+        Args:
+            entry: What was used.
+            read_s: How long reading it took.
+            threads: CPU threads that computing it occupied.
+            gpus: GPUs that computing it occupied.
+        """
         if not self.read_only:
             with contextlib.suppress(StoreError):
                 self.index.touch(entry.key)
-        if self.on_event is not None and entry.key not in self._saved:
-            from trainonce.events import ComputeSaved
-
+        if entry.key not in self._saved:
+            self._saved.add(entry.key)
+            cost = {"threads": threads, "gpus": gpus}
             self.on_event(
-                ComputeSaved(
-                    wall_s=time.time(),
-                    mono_s=time.monotonic(),
-                    node=entry.node,
-                    key=entry.key,
-                    saved_s=max(entry.seconds - read_s, 0.0),
-                    read_s=read_s,
-                )
+                saved(entry.node, entry.key, seconds=entry.seconds, read_s=read_s, **cost)
             )
-        self._saved.add(entry.key)
 
     # -------------------------------------------------------- claims
 
@@ -329,6 +332,24 @@ class Store:
 
     # -------------------------------------------------------- within
 
+    def _open_index(self) -> Index:
+        """Open the index; one that is damaged is made again from the journal."""
+        path = index_path(self.root)
+        try:
+            index = Index(path, key=self.tenant_key, read_only=self.read_only)
+        except DamagedError as error:
+            if self.read_only:
+                raise
+            self.troubles.append(f"{error.message}: made again from the journal")
+            index = Index(self.journal.rebuild(path), key=self.tenant_key)
+        if not self.read_only:
+            index.db.repair = self._repair
+        return index
+
+    def _repair(self, damaged: Path) -> Path:
+        self.troubles.append(f"the index {damaged} is damaged: made again from the journal")
+        return self.journal.rebuild(damaged)
+
     def _commit_entry(self, entry: Entry, claim: Claim | None, replace: bool) -> Entry:
         stands = entry
         if self.is_forgotten(entry):
@@ -358,6 +379,8 @@ class Store:
         else:
             with self.index.db.transaction(durable=True) as connection:
                 write(connection)
+        if stands.output == entry.output:
+            self.journal.add(stands)
         return stands
 
     def _keep_bytes(self, data: bytes) -> None:
@@ -432,7 +455,8 @@ def open_store(
         budget_bytes: Evict beyond this many bytes on this host.
         tenant: A secret that binds every digest and entry.
         read_only: Never write.
-        on_event: Is given an `events.ComputeSaved` for the first use of each result.
+        on_event: Is given an `events.ComputeSaved` for the first use of each result; the ledger
+            of `TRAINONCE_HOME` if None.
         expiry_s: How long an owner may stall before its claim is taken over, seconds.
         remote_options: Options of obstore: endpoint, region, keys.
 
@@ -465,7 +489,7 @@ def tenant_key(secret: str | bytes) -> bytes:
 
 def _make_folder(root: Path, *, read_only: bool) -> None:
     if read_only:
-        if not (root / "index.db").exists():
+        if not index_path(root).exists():
             raise StoreError(f"there is no store in {root}", hint="it is made by the first write")
         return
     try:

@@ -7,26 +7,25 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trainonce.graph.features import tables
 from trainonce.graph.leases import is_dead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
 
+    from trainonce.graph.features.tables import Table
     from trainonce.graph.index import Entry
     from trainonce.graph.store import Store
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
-# Each is given the store and the digests of forgotten samples, and returns how many rows it
-# erased. Parts that keep rows of their own add themselves here.
-erasers: list[Callable[[Store, list[str]], int]] = []
-
 
 @dataclass
 class Collected:
-    """What a collection removed."""
+    """What a collection removed; segments are files of rows."""
 
     blobs: int = 0
+    segments: int = 0
     size_bytes: int = 0
     temporary_files: int = 0
     left_bytes: int = 0
@@ -39,6 +38,7 @@ class Verified:
     blobs: int = 0
     size_bytes: int = 0
     entries: int = 0
+    rows: int = 0
     damaged: list[str] = field(default_factory=lambda: [])
     missing: list[str] = field(default_factory=lambda: [])
 
@@ -50,9 +50,9 @@ class Forgotten:
     Args:
         entries: Results that were erased, the nodes by name and key.
         descendants: Names of the nodes that were made from the source, trained models included.
-        rows: Rows of feature stores that were erased.
+        rows: Rows of features and labels that were erased.
         tombstones: Digests that will not be served or kept again.
-        left: Results with this source that a full scan still found: 0 is the proof.
+        left: Results and rows of this source that a full scan still found: 0 is the proof.
     """
 
     entries: list[str] = field(default_factory=lambda: [])
@@ -65,28 +65,37 @@ class Forgotten:
 def evict(store: Store, budget_bytes: int) -> Collected:
     """Remove bytes until the store fits its budget; entries stay.
 
-    The blobs that save the fewest seconds per byte go first, and of equal ones the longest
-    unused. Pinned blobs stay, unless the process that pinned them is gone.
+    What saves the fewest seconds per byte goes first, blobs and files of rows alike, and of
+    equal ones the longest unused. Pinned blobs stay, unless the process that pinned them is
+    gone. Rows that a process has mapped stay readable there.
     """
     done = Collected()
+    segments = _segments(store)
     with store.index.db.transaction() as connection:
         total = connection.execute("SELECT coalesce(sum(size_bytes), 0) FROM stored").fetchone()[0]
+        total += sum(size for _, _, size, _ in segments)
         if total > budget_bytes:
             pinned = _pinned(store)
-            ranked = connection.execute(
-                "SELECT s.blob, s.size_bytes FROM stored s LEFT JOIN actions a ON a.blob=s.blob "
-                "GROUP BY s.blob ORDER BY coalesce(sum(a.seconds), 0) / max(s.size_bytes, 1), "
-                "max(coalesce(a.last_used, 0))"
+            rows = connection.execute(
+                "SELECT s.blob, s.size_bytes, coalesce(sum(a.seconds), 0) / max(s.size_bytes, 1), "
+                "max(coalesce(a.last_used, 0)) FROM stored s LEFT JOIN actions a ON a.blob=s.blob "
+                "GROUP BY s.blob"
             ).fetchall()
-            for blob, size in ranked:
+            ranked: list[tuple[float, float, int, str | Path]] = [
+                (worth, used, size, blob) for blob, size, worth, used in rows if blob not in pinned
+            ]
+            for _, _, size, what in sorted([*ranked, *segments], key=lambda one: one[:2]):
                 if total <= budget_bytes:
                     break
-                if blob not in pinned:
-                    store.blobs.remove(blob)
-                    connection.execute("DELETE FROM stored WHERE blob=?", (blob,))
-                    total -= size
+                if isinstance(what, str):
+                    store.blobs.remove(what)
+                    connection.execute("DELETE FROM stored WHERE blob=?", (what,))
                     done.blobs += 1
-                    done.size_bytes += size
+                else:
+                    what.unlink(missing_ok=True)
+                    done.segments += 1
+                total -= size
+                done.size_bytes += size
     done.left_bytes = total
     return done
 
@@ -94,6 +103,10 @@ def evict(store: Store, budget_bytes: int) -> Collected:
 def collect(store: Store, budget_bytes: int | None = None) -> Collected:
     """Remove what nothing refers to, what dead processes left, and what exceeds the budget."""
     done = Collected(temporary_files=store.blobs.sweep())
+    if rows_of(store):
+        from trainonce.graph.features.upkeep import sweep
+
+        done.temporary_files += sweep(rows_folder(store))
     with store.index.db.transaction() as connection:
         pinned = _pinned(store)
         rows = connection.execute("SELECT DISTINCT blob FROM actions").fetchall()
@@ -110,9 +123,11 @@ def collect(store: Store, budget_bytes: int | None = None) -> Collected:
         holders = {row[0] for row in connection.execute("SELECT DISTINCT holder FROM pins")}
         for holder in filter(is_dead, holders):
             connection.execute("DELETE FROM pins WHERE holder=?", (holder,))
+    store.journal.rewrite(store.index)
     budget = budget_bytes if budget_bytes is not None else store.budget_bytes
     evicted = evict(store, budget if budget is not None else 1 << 62)
     done.blobs += evicted.blobs
+    done.segments = evicted.segments
     done.size_bytes += evicted.size_bytes
     done.left_bytes = evicted.left_bytes
     return done
@@ -137,6 +152,13 @@ def verify(store: Store, *, heal: bool = True) -> Verified:
     found.damaged += damaged_rows
     if heal and damaged_rows and not store.read_only:
         store.index.remove(damaged_rows)
+    if rows_of(store):
+        from trainonce.graph.features.upkeep import verify as verify_rows
+
+        checked = verify_rows(rows_folder(store), heal=heal and not store.read_only)
+        found.rows = checked.rows
+        found.size_bytes += checked.size_bytes
+        found.damaged += checked.damaged
     for entry in store.index.entries():
         found.entries += 1
         if entry.blob and entry.blob not in present:
@@ -152,7 +174,7 @@ def forget(
     Args:
         store: The store; its shared half is erased as well.
         sources: Digests of files, folders or values, or paths as they were given to a node.
-        samples: Digests of samples, for stores of rows.
+        samples: Digests of samples: 32 hexadecimal digits, as `rows.digests` holds them.
     """
     done = Forgotten()
     wanted = _digests_of(store, sources or [])
@@ -166,17 +188,45 @@ def forget(
     _bury(store, buried, [] if store.tenant_key else sources or samples or [])
     done.tombstones = buried
     _erase(store, victims)
-    if samples:
-        done.rows = sum(erase(store, samples) for erase in erasers)
     done.left = len(_descendants(store, wanted))
+    if rows_of(store):
+        from trainonce.graph.features.upkeep import forget as forget_rows
+
+        done.rows, left = forget_rows(rows_folder(store), samples or [], sorted(digests))
+        done.left += left
     done.descendants = sorted(set(done.descendants))
     return done
+
+
+def rows_folder(store: Store) -> Path:
+    """Return the folder in which features keep their rows beside this store's blobs."""
+    return store.place.local / "rows"
+
+
+def rows_of(store: Store) -> list[Table]:
+    """Return the tables of rows beside this store's blobs; a tenant has none."""
+    return [] if store.tenant_key is not None else tables.tables(rows_folder(store))
 
 
 def tombstones(store: Store) -> list[tuple[str, str, float]]:
     """Return what was forgotten: digest, what it was, and when (seconds since the epoch)."""
     rows = store.index.db.read("SELECT digest, what, wall_s FROM tombstones ORDER BY wall_s")
     return [(str(a), str(b), float(c)) for a, b, c in rows]
+
+
+def _segments(store: Store) -> list[tuple[float, float, int, Path]]:
+    """Return the files of rows: seconds saved per byte, last use, bytes, and the file.
+
+    Tables of digests and labels are small, and everything else is found by them: they go last.
+    """
+    found: list[tuple[float, float, int, Path]] = []
+    for table in rows_of(store):
+        for name in table.segments:
+            path = table.folder / name
+            worth = table.seconds_per_row * table.num_rows / max(table.size_bytes, 1)
+            worth = worth if table.name else float("inf")
+            found.append((worth, table.last_used_s, tables.size_of(path), path))
+    return found
 
 
 def _pinned(store: Store) -> set[str]:
@@ -213,10 +263,12 @@ def _descendants(store: Store, wanted: set[str]) -> list[Entry]:
 
 def _bury(store: Store, digests: list[str], what: list[str]) -> None:
     text = ", ".join(what)
+    rows = [(digest, text, time.time()) for digest in digests]
+    store.journal.bury(rows)
     with store.index.db.transaction(durable=True) as connection:
         connection.executemany(
             "INSERT OR REPLACE INTO tombstones VALUES (?,?,?)",
-            [(digest, text, time.time()) for digest in digests],
+            rows,
         )
     if store.remote is not None:
         for digest in digests:

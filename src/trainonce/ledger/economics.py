@@ -87,6 +87,7 @@ class Economics:
         saved_cost_usd: That in money.
         graph_saved_gpu_hours: By stored results less the time to read them, first use each.
         graph_saved_cost_usd: That in money.
+        graph_saved_j: That in joules, at the rated power of the devices: an estimate.
         expected_gpu_hours: What levers are expected to have saved. Expected, not measured:
             never part of a sum.
         energy: Of the job.
@@ -104,6 +105,7 @@ class Economics:
     saved_cost_usd: float | None
     graph_saved_gpu_hours: float
     graph_saved_cost_usd: float | None
+    graph_saved_j: float
     expected_gpu_hours: dict[str, float]
     energy: Energy
     saved_energy: Energy
@@ -130,6 +132,7 @@ def economics(facts: JobFacts, time: TimeAccount, prices: Prices) -> Economics:
         saved_cost_usd=_usd(saved_gpu_hours, prices),
         graph_saved_gpu_hours=graph_gpu_hours,
         graph_saved_cost_usd=_usd(graph_gpu_hours, prices),
+        graph_saved_j=sum(one.energy_j for one in facts.saved),
         expected_gpu_hours={
             # A share s saved leaves 1 - s of the work, which is what was measured.
             one.lever: productive_gpu_hours * one.expected_share / (1.0 - one.expected_share)

@@ -7,6 +7,7 @@ processor's; where neither can be read, power times time is an estimate, and say
 
 from __future__ import annotations
 
+import functools
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,32 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _RAPL = Path("/sys/class/powercap")
+
+
+# Rated power of a server processor over its threads, where nothing measures.
+THREAD_W = 6.0
+GPU_W = 400.0
+
+
+@functools.cache
+def _gpu_limit_w() -> float:
+    """Return the power limit of the first device, or `GPU_W` where NVML does not tell."""
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        return nvml.nvmlDeviceGetEnforcedPowerLimit(nvml.nvmlDeviceGetHandleByIndex(0)) / 1000.0
+    except Exception:  # NVML's errors share no useful base
+        return GPU_W
+
+
+def rated_power_w(*, threads: int = 0, gpus: int = 0) -> float:
+    """Return the power that devices are rated for: an estimate for what was not measured.
+
+    Args:
+        threads: CPU threads, at `THREAD_W` each.
+        gpus: Devices, at the limit that NVML enforces, or `GPU_W` each.
+    """
+    return threads * THREAD_W + (gpus * _gpu_limit_w() if gpus else 0.0)
 
 
 class Meter(Protocol):

@@ -60,6 +60,7 @@ class Totals:
     saved_cost_usd: float | None
     graph_saved_gpu_hours: float
     graph_saved_cost_usd: float | None
+    graph_saved_j: float
     it_kwh: float | None
     facility_kwh: float | None
     co2_kg: float | None
@@ -260,6 +261,7 @@ def _totals(jobs: Sequence[JobReport]) -> Totals:
         saved_cost_usd=_sum([one.saved_cost_usd for one in money]),
         graph_saved_gpu_hours=sum(one.graph_saved_gpu_hours for one in money),
         graph_saved_cost_usd=_sum([one.graph_saved_cost_usd for one in money]),
+        graph_saved_j=sum(one.graph_saved_j for one in money),
         it_kwh=_sum([one.it_kwh for one in energies]),
         facility_kwh=_sum([one.facility_kwh for one in energies]),
         co2_kg=_sum([one.co2_kg for one in energies]),

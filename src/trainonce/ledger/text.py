@@ -166,8 +166,10 @@ def _money(job: JobReport) -> list[str]:
         f"{hours(money.saved_gpu_hours)}" + _in_usd(money.saved_cost_usd)
     )
     lines.append(
-        f"  Saved by stored results, less reading them: {hours(money.graph_saved_gpu_hours)}"
+        f"  Saved by {count(len(job.facts.saved), 'stored result')}, less reading: "
+        f"{duration(3600.0 * money.graph_saved_gpu_hours)} on one device"
         + _in_usd(money.graph_saved_cost_usd)
+        + (f", about {money.graph_saved_j:,.0f} J by rated power" if money.graph_saved_j else "")
     )
     for lever, expected in money.expected_gpu_hours.items():
         lines.append(f"  Lever {lever}: {hours(expected)} saved, expected, not measured")

@@ -316,3 +316,16 @@ def test_a_value_stored_elsewhere_is_read(project):
     before = project({"main": text})
     sys.modules["main"].SOURCE["a"] = 2
     assert fingerprint(sys.modules["main"].root).digest != before.digest
+
+
+def test_a_module_that_a_closure_holds_counts_like_a_global_one():
+    import time as clock
+
+    def read():
+        return clock.time()
+
+    def through():
+        return read()
+
+    for function in (read, through):
+        assert any("time.time reads a clock" in reason for reason in fingerprint(function).impure)

@@ -11,7 +11,7 @@ import torch
 
 import trainonce as once
 from trainonce.cli import main
-from trainonce.errors import EncodingError, LeaseLostError, StoreError
+from trainonce.errors import DamagedError, EncodingError, LeaseLostError, StoreError
 from trainonce.graph import codecs, upkeep
 from trainonce.graph.digest import digest
 from trainonce.graph.index import Entry
@@ -176,7 +176,63 @@ def test_a_flipped_bit_in_any_file_never_gives_a_wrong_result(tmp_path):
     assert found["damaged"]
     with (merged / "index.db").open("r+b") as file:
         file.write(b"X")  # the first byte of what makes it a database
-    assert after_damage(merged, nodes, expected) == "refused"
+    assert after_damage(merged, nodes, expected) == "unharmed"
+
+
+def test_a_damaged_index_is_made_again_and_every_result_is_found(tmp_path):
+    store = once.open_store(tmp_path)
+    nodes = [square(n) for n in range(5)]
+    expected = [value.tolist() for value in once.compute(nodes, store=store)]
+    keys = {entry.key for entry in store.index.entries()}
+    store.index.db.connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    (tmp_path / "index.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(DamagedError, match="open the store for writing"):
+        once.open_store(tmp_path, read_only=True)
+    again = once.open_store(tmp_path)
+    assert any("made again from the journal" in trouble for trouble in again.troubles)
+    assert {entry.key for entry in again.index.entries()} == keys
+    plan = once.compute(nodes, store=again, dry_run=True)
+    assert {step.action for step in plan.steps} == {"hit"}
+    assert [value.tolist() for value in once.compute(nodes, store=again)] == expected
+
+
+def test_an_index_that_is_damaged_in_use_is_made_again_and_old_claims_are_fenced(tmp_path):
+    store = once.open_store(tmp_path)
+    expected = once.compute(square(9), store=store).tolist()
+    (entry,) = store.index.entries()
+    claim = store.claim("k", "a")
+    store.index.db.connection().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    page = 4096
+    data = bytearray((tmp_path / "index.db").read_bytes())
+    data[page:] = b"\xff" * (len(data) - page)  # the schema is intact: it opens
+    (tmp_path / "index.db").write_bytes(data)
+    assert store.lookup(entry.key) == entry
+    assert once.compute(square(9), store=store).tolist() == expected
+    assert store.claim("k", "b") is not None
+    with pytest.raises(LeaseLostError):
+        claim.local.commit()
+
+
+def test_a_new_index_brings_nothing_back_that_was_forgotten(tmp_path):
+    store = once.open_store(tmp_path / "store")
+    source = tmp_path / "source"
+    source.write_text("abc")
+
+    @once.node(version="1")
+    def size(path):
+        with open(path) as file:
+            return len(file.read())
+
+    once.compute(size(once.File(source)), square(3), store=store)
+    upkeep.forget(store, sources=[str(source)])
+    upkeep.collect(store)  # the journal is written anew
+    shutil.copytree(store.root, tmp_path / "copy")
+    (tmp_path / "copy" / "index.db").write_bytes(b"no database" * 1000)
+    again = once.open_store(tmp_path / "copy")
+    assert [entry.node for entry in again.index.entries()] == [square.name]
+    assert len(upkeep.tombstones(again)) == len(upkeep.tombstones(store)) > 0
 
 
 def after_damage(folder, nodes, expected):

@@ -286,6 +286,13 @@ def _compute_chunk(
         done.computed += len(rows)
 
 
+def occupied(device: torch.device) -> dict[str, int]:
+    """Return what computing rows on this device occupies: CPU threads, or one GPU."""
+    if device.type == "cuda":
+        return {"threads": 1, "gpus": 1}
+    return {"threads": torch.get_num_threads(), "gpus": 0}
+
+
 def seconds_per_row(folder: Path) -> float:
     """Return what a row of this table took to compute, or 0.0 where it is not known."""
     try:

@@ -13,23 +13,28 @@ import numpy as np
 from torch.utils.data import Dataset, default_collate
 
 from trainonce.errors import StateMismatchError, StoreError
-from trainonce.events import ComputeSaved, Event
+from trainonce.graph.booking import book, saved
 from trainonce.graph.features.compute import (
     Engine,
     Filled,
     check_rows_independent,
     compare,
     fill,
+    occupied,
     seconds_per_row,
 )
 from trainonce.graph.features.fingerprint import Fingerprint, write_aside
+from trainonce.graph.features.items import refuse_forgotten
 from trainonce.graph.features.rows import RowTable
+from trainonce.graph.features.tables import forgotten
+from trainonce.graph.features.upkeep import note_lineage, note_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from trainonce.events import Event
     from trainonce.graph.features.segments import Column
     from trainonce.graph.features.source import Source
 
@@ -88,6 +93,7 @@ class FeatureRows(Dataset[Any]):
         started: float,
         sink: Callable[[Event], None] | None,
         name: str,
+        has_variants: bool,
     ) -> None:
         self.fingerprint = fingerprint = fingerprint_now()
         self._fingerprint_now: Callable[[], Fingerprint] | None = fingerprint_now
@@ -96,14 +102,17 @@ class FeatureRows(Dataset[Any]):
         self._folder = folder
         self._variant = 0
         self._all_digests = digests
+        self._has_variants = has_variants
         self._table = RowTable(folder / fingerprint.digest[:40], fingerprint.digest, verify=verify)
         everything = np.concatenate(digests)
+        refuse_forgotten(np.flatnonzero(np.isin(everything, forgotten(folder))) % len(digests[0]))
         hits = int(np.count_nonzero(self._table.locate(everything) >= 0))
         lookup_s = time.perf_counter() - started
         done = self._fill(hits)
         self._slots = [self._table.locate(one) for one in digests]
         rate_s = seconds_per_row(self._table.folder)
         audited, worst = self._audit(audit) if audit and hits else (0, 0.0)
+        note_table(self._table.folder, f"features({name})", fingerprint.parts)
         source.release()
         facts = fingerprint.facts
         self.report = Report(
@@ -120,15 +129,14 @@ class FeatureRows(Dataset[Any]):
             audited=audited,
             audit_worst=worst,
         )
-        if sink is not None and hits:
-            sink(
-                ComputeSaved(
-                    wall_s=time.time(),
-                    mono_s=time.monotonic(),
-                    node=f"features({name})",
-                    key=fingerprint.digest,
-                    saved_s=self.report.saved_s,
+        if hits:
+            (sink or book)(
+                saved(
+                    f"features({name})",
+                    fingerprint.digest,
+                    seconds=self.report.saved_s,
                     read_s=lookup_s,
+                    **occupied(engine.device),
                 )
             )
 
@@ -215,6 +223,9 @@ class FeatureRows(Dataset[Any]):
             check_rows_independent(engine, self._source.num_samples)
             write_aside(self._table.folder / "independent", b"compared\n")
         for variant, digests in enumerate(self._all_digests):
+            if hits < num_rows:
+                for made, origin in self._source.lineage(variant if self._has_variants else None):
+                    note_lineage(self._folder, made, origin)
             if len(self._all_digests) > 1:
                 engine.call_of = _call_of(self._source, variant)
             done = fill(self._table, self._folder, digests, engine)

@@ -80,7 +80,7 @@ def features(
         version: Declares what the module computes, where its graph cannot be had.
         exact: Share rows only where they are equal bit by bit: same device model, thread
             count, torch build and batch size.
-        sink: Takes a `ComputeSaved` event where stored rows were used.
+        sink: Takes a `ComputeSaved` event where stored rows were used; the ledger if None.
 
     Returns:
         A map-style dataset of `(features, rest...)`, or a dict with the features in it.
@@ -125,6 +125,7 @@ def features(
         verify=verify,
         started=started,
         sink=sink,
+        has_variants=bool(variants),
         name=type(module).__qualname__ if isinstance(module, torch.nn.Module) else str(module),
     )
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trainonce.graph.features.selection import Selection
-    from trainonce.graph.features.source import Source
+    from trainonce.graph.features.source import Lineage, Source
 
 
 def hugging_face(dataset: Any, selection: Selection, folder: Path) -> Source:
@@ -73,6 +73,9 @@ class _ColumnSource(ItemSource):
 
     def digests(self, variant: int | None) -> NDArray[np.bytes_]:
         return self._names if variant is None else derived(self._names, f"variant:{variant}")
+
+    def lineage(self, variant: int | None) -> list[Lineage]:
+        return [] if variant is None else [(self.digests(variant), self._names)]
 
     def rest(self, index: int) -> Any:
         return dict(self._others[index]) if self._others.column_names else {}

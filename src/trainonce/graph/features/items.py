@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trainonce.graph.features.labels import Labels
+    from trainonce.graph.features.source import Lineage
 
 _log = logging.getLogger(__name__)
 # Inputs that were decoded to be hashed are kept for being computed, up to this much.
@@ -143,6 +144,7 @@ class NamedSource(ItemSource):
         label_names: A digest for each sample as a whole: what its label is stored under.
         table: Where labels are stored.
         how: By what the samples are known.
+        files: Digests of the files that the samples are, "S16"; None where they are no files.
     """
 
     def __init__(
@@ -153,9 +155,11 @@ class NamedSource(ItemSource):
         label_names: NDArray[np.bytes_],
         table: RowTable,
         how: str,
+        files: NDArray[np.bytes_] | None = None,
     ) -> None:
         super().__init__(dataset, selection)
         self.how = how
+        self._files = files
         self._names = names
         self._seeds = names
         self._label_names = label_names
@@ -168,6 +172,13 @@ class NamedSource(ItemSource):
         if self._labels is None and self._rests is None:
             self._find_labels(variant)
         return self._names if variant is None else derived(self._names, f"variant:{variant}")
+
+    def lineage(self, variant: int | None) -> list[Lineage]:
+        """Return that variants were made from samples, and samples from files."""
+        pairs = [] if variant is None else [(self.digests(variant), self._names)]
+        if self._files is not None:
+            pairs += [(self._names, self._files), (self._label_names, self._files)]
+        return pairs
 
     def rest(self, index: int) -> Any:
         """Return what passes through beside the features."""
@@ -200,7 +211,22 @@ class NamedSource(ItemSource):
                 return
             self._table.put(rows)
             slots = located(self._table, self._label_names)
+            refuse_forgotten(np.flatnonzero(slots < 0))
         self._labels = labels.Labels(self._table, slots)
+
+
+def refuse_forgotten(places: NDArray[np.int64]) -> None:
+    """Refuse samples that were forgotten on request.
+
+    Raises:
+        DataError: There are some.
+    """
+    if len(places):
+        raise DataError(
+            f"{len(places)} samples were forgotten on request and are not stored again: "
+            f"{', '.join(map(str, places[:5].tolist()))}{'...' if len(places) > 5 else ''}",
+            hint="leave them out, with torch.utils.data.Subset",
+        )
 
 
 def located(table: RowTable, names: NDArray[np.bytes_]) -> NDArray[np.int64]:
@@ -288,7 +314,8 @@ def image_folder(dataset: Any, selection: Selection, folder: Path) -> Source:
         ),
     )
     table = RowTable(folder / f"labels-{namespace[:32]}", namespace)
-    return NamedSource(dataset, selection, names, label_names, table, how)
+    contents = np.array([name[:DIGEST_BYTES] for name in files], f"S{DIGEST_BYTES}")
+    return NamedSource(dataset, selection, names, label_names, table, how, contents)
 
 
 def file_digests(paths: Sequence[str], folder: Path) -> list[bytes]:

@@ -72,8 +72,11 @@ def unmark_all(value: Any) -> Any:
     return unmarked(value)
 
 
-def names_of(tensors: list[Any]) -> NDArray[np.bytes_]:
-    """Return a digest for each row of the inputs that a prefix reads."""
+def names_of(tensors: list[Any]) -> tuple[NDArray[np.bytes_], list[NDArray[np.bytes_]]]:
+    """Return a digest for each row of the inputs that a prefix reads.
+
+    Also those that it was made from, where several inputs make a row.
+    """
     found: list[NDArray[np.bytes_]] = []
     for tensor in tensors:
         if isinstance(tensor, RowTensor):
@@ -88,8 +91,10 @@ def names_of(tensors: list[Any]) -> NDArray[np.bytes_]:
                 "transform it afterwards inside the model; or call model.module(...)",
             )
     if len(found) == 1:
-        return found[0]
+        return found[0], []
     joined = [b"".join(parts) for parts in zip(*(rows.tolist() for rows in found), strict=True)]
     lengths = {len(rows) for rows in found}
     assert len(lengths) == 1
-    return derived(np.array([name.ljust(16, b"\0")[:16] for name in joined], "S16"), "joined")
+    return derived(
+        np.array([name.ljust(16, b"\0")[:16] for name in joined], "S16"), "joined"
+    ), found

@@ -17,8 +17,9 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from trainonce.errors import UnhashableError
-from trainonce.events import ComputeSaved, Event
+from trainonce.graph.booking import book, saved
 from trainonce.graph.digest import digest
+from trainonce.graph.features.compute import occupied
 from trainonce.graph.features.cut import find_cut
 from trainonce.graph.features.evaluate import store_folder
 from trainonce.graph.features.fingerprint import numerics
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trainonce.events import Event
     from trainonce.graph.features.selection import Inputs
 
 _log = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ def memoize(
         inputs: Which items of a batch enter the model; the first of a tuple by default.
         store: Folder of the store; `$TRAINONCE_STORE`, or `$TRAINONCE_HOME/store`.
         storage_dtype: What floating-point rows are stored as; None keeps their own.
-        sink: Takes a `ComputeSaved` event at the end of each epoch that was served rows.
+        sink: Takes a `ComputeSaved` event at the end of each epoch that was served rows; the
+            ledger if None.
 
     Returns:
         The model, with its parameters as they were under `.module`, and the loader.
@@ -131,7 +134,9 @@ class MemoizedModel(torch.nn.Module):
         served = self._served(plain, spec, args, kwargs)
         if served is None:
             return self.module(*unmark_all(args), **unmark_all(kwargs))
-        names = names_of([flat[place] for place in served.plan.inputs])
+        names, origins = names_of([flat[place] for place in served.plan.inputs])
+        for origin in origins:
+            served.note_origin(names, origin)
         values = self._values(served, names, plain)
         return served.plan.suffix(values, tuple(plain))
 
@@ -156,16 +161,16 @@ class MemoizedModel(torch.nn.Module):
                 served.flush()
         hits = self.report.hits - self._sunk_hits
         self._sunk_hits = self.report.hits
-        if self._sink is not None and hits:
+        if hits:
             rate_s = self.report.compute_s / max(1, self.report.computed)
-            self._sink(
-                ComputeSaved(
-                    wall_s=time.time(),
-                    mono_s=time.monotonic(),
-                    node=f"memoize({type(self.module).__qualname__})",
-                    key=self.report.where,
-                    saved_s=hits * rate_s,
+            first = next(self.module.parameters(), torch.empty(0))
+            (self._sink or book)(
+                saved(
+                    f"memoize({type(self.module).__qualname__})",
+                    self.report.where,
+                    seconds=hits * rate_s,
                     read_s=self.report.read_s,
+                    **occupied(first.device),
                 )
             )
 

@@ -29,6 +29,8 @@ from trainonce.errors import StateMismatchError, StoreError
 from trainonce.graph.features import segments
 from trainonce.graph.features.arena import Arena, aligned_rows
 from trainonce.graph.features.buffers import Buffers
+from trainonce.graph.features.segments import Rows
+from trainonce.graph.features.tables import forgotten
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from trainonce.graph.features.segments import Column, Header, Rows
+    from trainonce.graph.features.segments import Column, Header
 
 _log = logging.getLogger(__name__)
 _SUFFIX = ".rows"
@@ -75,13 +77,17 @@ class RowTable:
         subgraph: The digest under which the rows were computed.
         verify: "first" checks each row at its first read in this process, "always" at each
             read.
+        only: Take in this segment alone, for upkeep.
 
     Raises:
         StoreError: A newer version of the package wrote a segment.
     """
 
-    def __init__(self, folder: Path, subgraph: str, *, verify: str = "first") -> None:
+    def __init__(
+        self, folder: Path, subgraph: str, *, verify: str = "first", only: str | None = None
+    ) -> None:
         self.folder = folder
+        self._only = only
         self.subgraph = subgraph
         self.verify = verify
         self.columns: tuple[Column, ...] = ()
@@ -110,6 +116,7 @@ class RowTable:
         """Take in the segments that were committed since the last look."""
         try:
             names = sorted(entry for entry in os.listdir(self.folder) if entry.endswith(_SUFFIX))
+            names = [name for name in names if self._only in (None, name)]
         except (FileNotFoundError, NotADirectoryError):
             return
         before = len(self._segments)
@@ -197,21 +204,65 @@ class RowTable:
 
         Returns:
             True where they are on disk; False where the store could not be written and they
-            are kept in memory only (the reason is logged once).
+            are kept in memory only (the reason is logged once). Rows of samples that were
+            forgotten on request are dropped.
 
         Raises:
             StateMismatchError: Their columns differ from those of the rows already here.
         """
         self._check_columns(rows.columns)
+        gone = np.isin(rows.digests, forgotten(self.folder.parent))
+        if gone.any():
+            rows = rows.chosen(np.flatnonzero(~gone))
+            if not len(rows):
+                return True
         try:
             with self.lock():
-                self._sweep()
+                self.sweep()
                 self._write(rows)
             self.refresh()
         except OSError as error:
             self._keep_in_memory(rows, error)
             return False
         return True
+
+    # ------------------------------------------------------------ upkeep
+
+    def sweep(self) -> int:
+        """Remove what writers that died left behind, while the lock is held; return how many."""
+        removed = 0
+        for name in os.listdir(self.folder):
+            if name.startswith(".tmp-"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.folder / name)
+                    removed += 1
+        return removed
+
+    def digests_of(self, name: str) -> NDArray[np.bytes_]:
+        """Return the sample digests in one segment; none where it cannot be read."""
+        found = [one.header.digests for one in self._segments if one.name == name]
+        return found[0] if found else np.empty(0, f"S{segments.DIGEST_BYTES}")
+
+    def check_all(self, name: str) -> NDArray[np.bool_]:
+        """Check every row of one segment; return which are intact."""
+        (segment,) = [one for one in self._segments if one.name == name]
+        slots = range(segment.slot, segment.slot + segment.header.num_rows)
+        return np.array([self._intact(slot, segment) for slot in slots], np.bool_)
+
+    def rewrite(self, name: str, keep: NDArray[np.bool_]) -> None:
+        """Put a segment with some of its rows in the place of one.
+
+        The new file has another name: whoever has the old one mapped keeps it as it was.
+        """
+        (segment,) = [one for one in self._segments if one.name == name]
+        chosen = np.flatnonzero(keep)
+        with self.lock():
+            if len(chosen):
+                values = self.take(segment.slot + chosen)
+                rows = Rows(segment.header.digests[chosen], self.columns, values)
+                self._write(rows, number=int(name.split("-")[0]))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.folder / name)
 
     @contextlib.contextmanager
     def lock(self) -> Generator[None]:
@@ -358,7 +409,7 @@ class RowTable:
                 hint="an output whose length differs from row to row is declared with ragged=",
             )
 
-    def _write(self, rows: Rows) -> None:
+    def _write(self, rows: Rows, number: int | None = None) -> None:
         """Write aside, sync, rename, sync the folder. The lock is held."""
         # While it is written, the file is locked: `_sweep` removes only what nobody holds.
         aside = self.folder / f".tmp-{secrets.token_hex(8)}"
@@ -371,7 +422,8 @@ class RowTable:
                 for name in os.listdir(self.folder)
                 if name.endswith(_SUFFIX) and name.split("-")[0].isdigit()
             ]
-            number = max(numbers, default=0) + 1
+            if number is None:
+                number = max(numbers, default=0) + 1
             os.rename(aside, self.folder / f"{number:010d}-{secrets.token_hex(4)}{_SUFFIX}")
         except BaseException:
             with contextlib.suppress(OSError):
@@ -382,13 +434,6 @@ class RowTable:
             os.fsync(folder_fd)
         finally:
             os.close(folder_fd)
-
-    def _sweep(self) -> None:
-        """Remove what writers that died left behind. The lock is held, so none is at work."""
-        for name in os.listdir(self.folder):
-            if name.startswith(".tmp-"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.folder / name)
 
     def _keep_in_memory(self, rows: Rows, error: OSError) -> None:
         if not self.volatile_rows:

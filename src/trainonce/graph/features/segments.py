@@ -107,6 +107,20 @@ class Rows:
     def __len__(self) -> int:
         return len(self.digests)
 
+    def chosen(self, places: NDArray[np.int64]) -> Rows:
+        """Return some of the rows."""
+        picked = torch.from_numpy(places)
+        return Rows(
+            self.digests[places],
+            self.columns,
+            tuple(
+                value[picked]
+                if isinstance(value, torch.Tensor)
+                else [value[place] for place in places.tolist()]
+                for value in self.values
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class Header:

@@ -10,6 +10,7 @@ import torch
 from trainonce.graph.features.fingerprint import Versions, weights_digest
 from trainonce.graph.features.rows import RowTable
 from trainonce.graph.features.segments import Column, Rows
+from trainonce.graph.features.upkeep import note_lineage, note_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +37,12 @@ class Served:
             for owner, _, leaf in (path.rpartition(".") for path in self._state)
         )
         self._pending: list[Rows] = []
+        self._origins: list[tuple[NDArray[np.bytes_], NDArray[np.bytes_]]] = []
         self._pending_names: set[bytes] = set()
+
+    def note_origin(self, names: NDArray[np.bytes_], origin: NDArray[np.bytes_]) -> None:
+        """Remember what rows were made from, until they are committed."""
+        self._origins.append((names, origin))
 
     def stale(self) -> bool:
         """Tell whether frozen weights are no longer those that the rows were computed with."""
@@ -105,6 +111,7 @@ class Served:
         Weights that changed meanwhile without a trace (through `.data`) may have computed some
         of them, so they are dropped then.
         """
+        origins, self._origins = self._origins, []
         if not self._pending:
             return
         if self._weights_changed():
@@ -118,7 +125,11 @@ class Served:
         )
         rows = Rows(names[first], self._pending[0].columns, values)
         self._pending, self._pending_names = [], set()
+        if origins:
+            made, parents = (np.concatenate(part) for part in zip(*origins, strict=True))
+            note_lineage(self._table.folder.parent, made, parents)
         self._table.put(rows)
+        note_table(self._table.folder, "memoize", self.plan.fingerprint.parts)
 
     def _weights_changed(self) -> bool:
         return weights_digest(self.plan.prefix, self._state) != self._weights

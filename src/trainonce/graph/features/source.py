@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch.utils.data import default_collate
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from trainonce.graph.features.selection import Call, Selection
+
+
+# Digests, and those that they were made from, one by one.
+Lineage: TypeAlias = "tuple[NDArray[np.bytes_], NDArray[np.bytes_]]"
 
 
 class Source:
@@ -29,6 +33,10 @@ class Source:
     def call(self, index: int, variant: int | None) -> Call:
         """Return the arguments for one sample, as tensors without a batch dimension."""
         raise NotImplementedError
+
+    def lineage(self, variant: int | None) -> list[Lineage]:
+        """Return which digests were made from which others, as pairs of arrays."""
+        return []
 
     def release(self) -> None:
         """Let go of inputs that were kept for being computed."""

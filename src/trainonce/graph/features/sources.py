@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trainonce.graph.features.source import Lineage
+
 
 def open_source(
     dataset: Any,
@@ -150,6 +152,9 @@ class _SubsetSource(Source):
     def digests(self, variant: int | None) -> NDArray[np.bytes_]:
         return self._base.digests(variant)[self._indices]
 
+    def lineage(self, variant: int | None) -> list[Lineage]:
+        return self._base.lineage(variant)
+
     def release(self) -> None:
         self._base.release()
 
@@ -178,6 +183,9 @@ class _ConcatSource(Source):
     def digests(self, variant: int | None) -> NDArray[np.bytes_]:
         return np.concatenate([part.digests(variant) for part in self._parts])
 
+    def lineage(self, variant: int | None) -> list[Lineage]:
+        return [pairs for part in self._parts for pairs in part.lineage(variant)]
+
     def release(self) -> None:
         for part in self._parts:
             part.release()
@@ -203,6 +211,9 @@ class _ChainSource(Source):
         inputs = self.selection.inputs
         chosen = "" if inputs is None else digest(inputs)
         return derived(self._rows.digests, f"chain:{self._rows.fingerprint.digest}:{chosen}")
+
+    def lineage(self, variant: int | None) -> list[Lineage]:
+        return [(self.digests(variant), self._rows.digests)]
 
     def call(self, index: int, variant: int | None) -> Call:
         return as_tensors(self.selection.split(self._rows[index])[0])

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 _TITLES = {
     "default": "default recipe",
     "tuned": "tuned baseline",
+    "tuned-fast": "tuned, to the default's quality",
     "candidate": "levers, to the tuned baseline's quality",
     "candidate-fast": "levers, to the default's quality",
     "shorter": "control: tuned, shorter schedule",
@@ -103,7 +104,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for arm, marker in zip(record["arms"], "osD^vP", strict=False):
+    for arm, marker in zip(record["arms"], "os*D^vP", strict=False):
         runs = [run for run in arm["runs"] if run["loss"] is not None]
         gflop = [run["usage"]["flops"] / 1e9 for run in runs]
         axes.plot(

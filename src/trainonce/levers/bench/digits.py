@@ -215,7 +215,7 @@ def baseline(grid: str) -> list[Recipe]:
     """Return AdamW with decay to zero, over rates and horizons."""
     rates, horizons = {
         "small": ((1e-2,), (8, 16)),
-        "full": ((5e-3, 1e-2, 2e-2), (5, 8, 12, 16, 24)),
+        "full": ((5e-3, 1e-2, 2e-2), (4, 6, 9, 12, 16, 24)),
     }[grid]
     return [
         _recipe(
@@ -235,8 +235,8 @@ def candidates(grid: str) -> list[Recipe]:
     muon, pruned = {
         "small": (((2e-2, 5), (2e-2, 8)), (("adamw", 16),)),
         "full": (
-            tuple((lr, epochs) for lr in (1e-2, 2e-2) for epochs in (3, 5, 8, 12)),
-            (("adamw", 12), ("adamw", 16), ("muon", 8), ("muon", 12)),
+            tuple((lr, epochs) for lr in (1e-2, 2e-2, 4e-2) for epochs in (2, 3, 4, 6, 9, 12, 16)),
+            (("adamw", 12), ("adamw", 16), ("adamw", 24), ("muon", 9), ("muon", 12), ("muon", 16)),
         ),
     }[grid]
     with_muon = [

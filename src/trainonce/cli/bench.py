@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--first-seed", type=int, default=0, help="first reporting seed; the others follow it"
     )
+    parser.add_argument(
+        "--first-tuning-seed", type=int, metavar="SEED", help="the others follow it (last + 101)"
+    )
     parser.add_argument("--tuning-seeds", type=int, default=3, help="seeds for choices (3)")
     parser.add_argument("--split-seed", type=int, default=0, help="which data are held out")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (1)")
@@ -81,6 +84,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
     names = ("grid", "size", "seeds", "first_seed", "tuning_seeds", "split_seed", "threads")
     options = {name: getattr(args, name) for name in names}
+    after = args.first_seed + args.seeds
+    first = args.first_tuning_seed
+    options["first_tuning_seed"] = after + 100 if first is None else first
     if args.tuning_seeds < 1 or args.threads < 1:
         raise ConfigError("--tuning-seeds and --threads must be at least 1")
     if args.pause_after_s is not None and args.journal is None:
@@ -105,12 +111,13 @@ def _measure(
     torch.set_num_threads(options["threads"])
     first = options["first_seed"]
     after = first + options["seeds"]
+    tuning = options.get("first_tuning_seed", after + 100)
     study = make_study(
         task,
         grid=options["grid"],
         size=options.get("size", "medium"),
         split_seed=options["split_seed"],
-        tuning_seeds=range(after + 100, after + 100 + options["tuning_seeds"]),
+        tuning_seeds=range(tuning, tuning + options["tuning_seeds"]),
         reporting_seeds=range(first, after),
     )
     result = run_study(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainonce.errors import ConfigError, StudyPausedError
-from trainonce.levers.compare import MIN_SEEDS, Comparison, Trained, compare
+from trainonce.levers.compare import MIN_SEEDS, Comparison, Trained, compare, upper_bound
 from trainonce.levers.usage import Usage, UsageMeter
 
 if TYPE_CHECKING:
@@ -178,7 +178,9 @@ def run_study(
 
     The tuned baseline is the one that needs the fewest FLOPs among those within half the
     margin of the best baseline's loss. A candidate is the one that needs the fewest FLOPs
-    among those no worse than the reference on the tuning seeds; if there is none, the best.
+    among those that pass on the tuning seeds what will be asked of them on the others: a mean
+    no worse than the reference's, and an upper bound of the paired difference within the
+    margin. If there is none, the best.
 
     Args:
         study: What is compared.
@@ -196,10 +198,11 @@ def run_study(
         recipe.name: bench.train(recipe, study.tuning_seeds, "tuning")
         for recipe in (study.default, *study.baseline, *study.candidate)
     }
-    tuned = _choose_tuned(study.baseline, tuning, study.task.margin)
-    for_tuned = _cheapest(study.candidate, tuning, mean_loss(tuning[tuned.name]))
-    for_default = _cheapest(study.candidate, tuning, mean_loss(tuning[study.default.name]))
-    tuned_fast = _cheapest(study.baseline, tuning, mean_loss(tuning[study.default.name]))
+    margin = study.task.margin
+    tuned = _choose_tuned(study.baseline, tuning, margin)
+    for_tuned = _cheapest_equal(study.candidate, tuning, tuned, margin)
+    for_default = _cheapest_equal(study.candidate, tuning, study.default, margin)
+    tuned_fast = _cheapest_equal(study.baseline, tuning, study.default, margin)
     baseline_cost = add_usage([run.usage for r in study.baseline for run in tuning[r.name]])
     candidate_cost = add_usage([run.usage for r in study.candidate for run in tuning[r.name]])
     chosen = {
@@ -332,14 +335,25 @@ def _flops(runs: Sequence[Trained]) -> int:
     return sum(run.usage.flops for run in runs)
 
 
-def _cheapest(
-    recipes: Sequence[Recipe], tuning: Mapping[str, list[Trained]], target: float
+def _cheapest_equal(
+    recipes: Sequence[Recipe], tuning: Mapping[str, list[Trained]], reference: Recipe, margin: float
 ) -> Recipe:
-    """Return the recipe of fewest FLOPs that is no worse than `target`, else the best."""
-    good = [r for r in recipes if mean_loss(tuning[r.name]) <= target < math.inf]
+    """Return the recipe of fewest FLOPs that is no worse than the reference, else the best.
+
+    With one tuning seed there is no bound, and the mean alone decides.
+    """
+    theirs = tuning[reference.name]
+
+    def passes(recipe: Recipe) -> bool:
+        ours = tuning[recipe.name]
+        pairs = [a.loss - b.loss for a, b in zip(ours, theirs, strict=True)]
+        bound = upper_bound(pairs) if len(pairs) > 1 else margin
+        return mean_loss(ours) <= mean_loss(theirs) < math.inf and bound <= margin
+
+    good = [recipe for recipe in recipes if passes(recipe)]
     if not good:
-        return min(recipes, key=lambda r: mean_loss(tuning[r.name]))
-    return min(good, key=lambda r: _flops(tuning[r.name]))
+        return min(recipes, key=lambda recipe: mean_loss(tuning[recipe.name]))
+    return min(good, key=lambda recipe: _flops(tuning[recipe.name]))
 
 
 def _choose_tuned(
@@ -351,4 +365,5 @@ def _choose_tuned(
             "every baseline diverged on the tuning seeds",
             hint="add recipes with a lower learning rate",
         )
-    return _cheapest(recipes, tuning, best + margin / 2)
+    good = [r for r in recipes if mean_loss(tuning[r.name]) <= best + margin / 2]
+    return min(good, key=lambda r: _flops(tuning[r.name]))

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from trainonce.graph.node import node as node
     from trainonce.graph.store import Store as Store
     from trainonce.graph.store import open_store as open_store
+    from trainonce.ledger.spending import Budget as Budget
+    from trainonce.levers.fit import FitResult as FitResult
+    from trainonce.levers.fit import fit as fit
+    from trainonce.levers.plan_file import Plan as Plan
+    from trainonce.levers.planning import plan as plan
     from trainonce.worker.session import Run as Run
     from trainonce.worker.session import init as init
     from trainonce.worker.values import LOST as LOST
@@ -40,22 +45,32 @@ _EXPORTS = {
     "Dir": "trainonce.graph.node",
     "Store": "trainonce.graph.store",
     "open_store": "trainonce.graph.store",
+    "plan": "trainonce.levers.planning",
+    "Plan": "trainonce.levers.plan_file",
+    "fit": "trainonce.levers.fit",
+    "FitResult": "trainonce.levers.fit",
+    "Budget": "trainonce.ledger.spending",
 }
 
 __all__ = [
+    "Budget",
     "Dir",
     "File",
+    "FitResult",
     "LOST",
+    "Plan",
     "Run",
     "Store",
     "TrainOnceError",
     "__version__",
     "compute",
     "features",
+    "fit",
     "init",
     "memoize",
     "node",
     "open_store",
+    "plan",
 ]
 
 

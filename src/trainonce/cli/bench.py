@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", type=Path, metavar="FILE", help="measure again what a result file holds"
     )
     parser.add_argument(
-        "--show", type=Path, metavar="FILE", help="print the tables of a result file; run nothing"
+        "--show",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="print the tables of result files, and one of all; run nothing",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from trainonce.levers import results
 
     if args.show:
-        _print([results.read(args.show)], args)
+        _print([results.read(path) for path in args.show], args)
         return 0
     options = dict(results.read(args.repeat)["options"]) if args.repeat else _options(args)
     limit_s = math.inf if args.pause_after_s is None else args.pause_after_s
@@ -145,6 +149,8 @@ def _print(records: list[dict[str, Any]], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(records))
     else:
+        if len(records) > 1:
+            print(f"### All\n\n{tables.summary_table(records)}\n")
         print("\n".join(tables.page(record) for record in records))
 
 

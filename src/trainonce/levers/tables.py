@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 _TITLES = {
@@ -42,6 +43,32 @@ def comparison_table(record: dict[str, Any]) -> str:
             _pair(arm, lambda c: f"{c['saved']['cpu_s']:.0%}"),
         ]
         rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def summary_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return one row a study and arm: what tuning saves, and what levers save, against both."""
+    rows = [
+        (
+            "| task, size | arm | recipe | equal to default / tuned "
+            "| FLOPs saved vs default / tuned | CPU saved vs default / tuned |"
+        ),
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        where = f"{record['task']['name']}, {record['options'].get('size', 'medium')}"
+        for arm in record["arms"]:
+            if arm["role"] not in ("tuned-fast", "candidate-fast", "candidate"):
+                continue
+            cells = [
+                where,
+                _TITLES[arm["role"]],
+                arm["recipe"]["name"],
+                _pair(arm, lambda c: "yes" if c["equal"] else "no"),
+                _pair(arm, lambda c: f"{c['saved']['flops']:.0%}"),
+                _pair(arm, lambda c: f"{c['saved']['cpu_s']:.0%}"),
+            ]
+            rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 

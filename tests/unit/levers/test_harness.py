@@ -177,6 +177,9 @@ def test_a_result_file_is_complete_and_tables_and_plots_come_from_it(found, tmp_
     assert "| tuned baseline | b200 |" in page
     assert "95%" in page
     assert "| control: tuned, random subset |" in page
+    summary = tables.summary_table([read, read])
+    assert summary.count("| known, medium | levers, to the tuned baseline's quality | c10 |") == 2
+    assert "| yes / yes | 90% / 95% |" in summary
     tables.plot(read, tmp_path / "known.png")
     assert (tmp_path / "known.png").read_bytes().startswith(b"\x89PNG")
 

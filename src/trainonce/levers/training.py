@@ -225,6 +225,7 @@ class Training:
         # Sequences that were cut count as parts of a sample: as many tokens fit at once.
         accumulation = Accumulation(max(self.plan.run.micro_batch * samples // before, 1))
         scale = 1 / samples  # every rank has as many: what does not fill a step is left out
+        local = self.host.local
         total = torch.zeros((), dtype=torch.float64, device=self.host.device)
         for (part, micro), sync in accumulation.split(
             (indices if samples == before else torch.arange(samples), batch), self.model
@@ -234,15 +235,17 @@ class Training:
                     losses = self._loss(call_model(self.model, micro), micro).float()
                 count = num_samples(micro)
                 mean = self._reduce(losses, part, count)
+                share = losses.detach().double().mean() * (count / samples)
+                total += share
+                # Before the backward pass: the last collective is in there, and what differs by
+                # rank must be known by then, or it is lost with a process that dies right after.
+                local["loss_sum"] = share + local.get("loss_sum", 0.0)
+                local["loss_count"] = local.get("loss_count", 0.0) + count / samples
                 self.stack.scale_loss(mean * (count * scale)).backward()
-            total += losses.detach().double().mean() * (count / samples)
         self.stack.update(self.optimizer)
         self.stack.end_step(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.updates += 1
-        local = self.host.local
-        local["loss_sum"] = total + local.get("loss_sum", 0.0)
-        local["loss_count"] = local.get("loss_count", 0) + 1
         self._last_step = self.state.updates
         return total
 
@@ -300,7 +303,7 @@ class Training:
         self.model.train()
         return found
 
-    def _mean_over_ranks(self, total: float, count: int) -> float:
+    def _mean_over_ranks(self, total: float, count: float) -> float:
         sums = torch.tensor([total, count], dtype=torch.float64, device=self.host.device)
         if self.host.world_size > 1:
             dist.all_reduce(sums)

@@ -24,6 +24,7 @@ from .test_plan import Tokens, net, points, square, text, token_loss
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("TRAINONCE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TRAINONCE_PRECISION", "tf32")  # "auto" goes by timing
 
 
 def quiet(_line):

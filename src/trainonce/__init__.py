@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from trainonce.graph.sweeps.halving import Halving as Halving
     from trainonce.graph.sweeps.segment import Segment as Segment
     from trainonce.graph.sweeps.sweep import sweep as sweep
+    from trainonce.ledger.spending import Budget as Budget
+    from trainonce.levers.fit import FitResult as FitResult
+    from trainonce.levers.fit import fit as fit
+    from trainonce.levers.plan_file import Plan as Plan
+    from trainonce.levers.planning import plan as plan
     from trainonce.worker.session import Run as Run
     from trainonce.worker.session import init as init
     from trainonce.worker.values import LOST as LOST
@@ -46,13 +51,21 @@ _EXPORTS = {
     "Segment": "trainonce.graph.sweeps.segment",
     "sweep": "trainonce.graph.sweeps.sweep",
     "Halving": "trainonce.graph.sweeps.halving",
+    "plan": "trainonce.levers.planning",
+    "Plan": "trainonce.levers.plan_file",
+    "fit": "trainonce.levers.fit",
+    "FitResult": "trainonce.levers.fit",
+    "Budget": "trainonce.ledger.spending",
 }
 
 __all__ = [
+    "Budget",
     "Dir",
     "File",
     "Halving",
+    "FitResult",
     "LOST",
+    "Plan",
     "Run",
     "Segment",
     "Store",
@@ -60,11 +73,13 @@ __all__ = [
     "__version__",
     "compute",
     "features",
+    "fit",
     "init",
     "memoize",
     "node",
     "open_store",
     "sweep",
+    "plan",
 ]
 
 

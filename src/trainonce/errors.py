@@ -14,6 +14,9 @@
     ├── CheckpointError (RuntimeError)      a durable checkpoint that cannot be written or read
     ├── LedgerError (RuntimeError)          a ledger that cannot be written or read
     ├── SmokeTestError (RuntimeError)       a script does not survive its first batches
+    ├── StudyPausedError (RuntimeError)     a study of levers was stopped between two runs, as asked
+    ├── ProbeError (RuntimeError)           a probe of a training run cannot give an answer
+    ├── BudgetSpentError (RuntimeError)     a budget was used up before anything could run
     ├── JobNotFoundError (LookupError)      no such job, or it no longer runs
     ├── GraphError (RuntimeError)           a node of the graph cannot be built or evaluated
     │   ├── UnhashableError (TypeError)     a value that has no digest; `path` says where it sits
@@ -97,6 +100,18 @@ class LedgerError(TrainOnceError, RuntimeError):
 
 class SmokeTestError(TrainOnceError, RuntimeError):
     """A training script does not survive its first batches on the CPU."""
+
+
+class StudyPausedError(TrainOnceError, RuntimeError):
+    """A study of levers was stopped between two runs, as asked for."""
+
+
+class ProbeError(TrainOnceError, RuntimeError):
+    """A probe of a training run cannot give an answer: a loss is not finite, say."""
+
+
+class BudgetSpentError(TrainOnceError, RuntimeError):
+    """A budget was used up before anything could run."""
 
 
 class JobNotFoundError(TrainOnceError, LookupError):

@@ -21,7 +21,8 @@ def blocks(language):
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    (program,) = blocks("python")
+    program, fit = blocks("python")
+    (folder / "fit.py").write_text(fit)
     (folder / "train.py").write_text(program)
     return folder
 
@@ -67,8 +68,14 @@ def test_the_program_of_the_readme_runs_under_plain_python(folder):
     assert sum(line.startswith("step ") for line in call(folder, ["train.py"])) == 3
 
 
+def test_the_second_program_of_the_readme_plans_and_trains(folder):
+    last = call(folder, ["fit.py"])[-1]
+    assert float(re.search(r"loss ([\d.]+)", last)[1]) < 0.05
+    assert "plan.toml" in last
+
+
 def test_six_lines_of_the_program_name_trainonce():
-    (program,) = blocks("python")
+    program, _fit = blocks("python")
     marks = ("trainonce.init", "run.dataloader", "run.protect", "@run.step", "run.mean",
              "run.batches")  # fmt: skip
     for mark in marks:

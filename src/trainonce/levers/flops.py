@@ -37,7 +37,7 @@ def attention_backward_flops(
 
 
 # torch 2.13 counts zero for these: its registry lists the CUDA kernels only.
-_FORMULAS: dict[Any, Callable[..., int]] = {
+FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
@@ -49,7 +49,7 @@ def count_flops(function: Callable[[], T]) -> tuple[T, int]:
     Matrix products, convolutions and attention are counted, forward and backward, on any
     device; element-wise work is not. Values are what they are without counting.
     """
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         value = function()
     return value, counter.get_total_flops()
 

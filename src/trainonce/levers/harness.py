@@ -4,10 +4,11 @@ A *task* trains a model once, under a *recipe*, and returns its loss. A *study* 
 compared. Choices are made on tuning seeds and a tuning split; what is reported comes from other
 seeds and another split, with the choices and the margin fixed by then.
 
-Five arms are reported: the default recipe; the tuned baseline; the candidate that should match
-each of the two; and two controls that say whether the lever did it, or merely the lower amount
-of compute: the tuned baseline with a shorter schedule, and on a random subset of the data, each
-cut down to the candidate's FLOPs.
+The arms that are reported: the default recipe; the tuned baseline; the cheapest tuned one that
+should match the default, which is what tuning saves without any lever; the candidate that should
+match each of the two; and two controls that say whether the lever did it, or merely the lower
+amount of compute: the tuned baseline with a shorter schedule, and on a random subset of the data,
+each cut down to the candidate's FLOPs.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trainonce.errors import ConfigError
-from trainonce.levers.compare import MIN_SEEDS, Comparison, Trained, compare
+from trainonce.errors import ConfigError, StudyPausedError
+from trainonce.levers.compare import MIN_SEEDS, Comparison, Trained, compare, upper_bound
 from trainonce.levers.usage import Usage, UsageMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from trainonce.ledger.energy import Meter as EnergyMeter
+    from trainonce.levers.journal import Journal
 
     Progress = Callable[[str], None]
 
@@ -125,7 +127,8 @@ class Arm:
     """One reported arm: its recipe, its runs, and how it compares.
 
     Args:
-        role: "default", "tuned", "candidate", "candidate-fast", "shorter" or "subset".
+        role: "default", "tuned", "tuned-fast", "candidate", "candidate-fast", "shorter" or
+            "subset".
         recipe: What was run.
         tuning: What the choice of this recipe used, over all that was tried.
         runs: One a reporting seed.
@@ -168,26 +171,44 @@ def run_study(
     device: str = "cpu",
     energy: EnergyMeter | None = None,
     progress: Progress = lambda _line: None,
+    journal: Journal | None = None,
+    pause: Callable[[], bool] = lambda: False,
 ) -> StudyResult:
     """Tune, fix the choices, and run every arm on the reporting seeds.
 
     The tuned baseline is the one that needs the fewest FLOPs among those within half the
     margin of the best baseline's loss. A candidate is the one that needs the fewest FLOPs
-    among those no worse than the reference on the tuning seeds; if there is none, the best.
+    among those that pass on the tuning seeds what will be asked of them on the others: a mean
+    no worse than the reference's, and an upper bound of the paired difference within the
+    margin. If there is none, the best.
+
+    Args:
+        study: What is compared.
+        device: Where the task trains; for the clocks.
+        energy: Measures joules, if anything does.
+        progress: Told of each run.
+        journal: Finished runs are taken from it, and added to it.
+        pause: Asked before each run that is not finished.
+
+    Raises:
+        StudyPausedError: `pause` said so; with a journal, the next call goes on from there.
     """
-    bench = _Bench(study, device, energy, progress)
+    bench = _Bench(study, device, energy, progress, journal, pause)
     tuning = {
         recipe.name: bench.train(recipe, study.tuning_seeds, "tuning")
         for recipe in (study.default, *study.baseline, *study.candidate)
     }
-    tuned = _choose_tuned(study.baseline, tuning, study.task.margin)
-    for_tuned = _cheapest(study.candidate, tuning, mean_loss(tuning[tuned.name]))
-    for_default = _cheapest(study.candidate, tuning, mean_loss(tuning[study.default.name]))
+    margin = study.task.margin
+    tuned = _choose_tuned(study.baseline, tuning, margin)
+    for_tuned = _cheapest_equal(study.candidate, tuning, tuned, margin)
+    for_default = _cheapest_equal(study.candidate, tuning, study.default, margin)
+    tuned_fast = _cheapest_equal(study.baseline, tuning, study.default, margin)
     baseline_cost = add_usage([run.usage for r in study.baseline for run in tuning[r.name]])
     candidate_cost = add_usage([run.usage for r in study.candidate for run in tuning[r.name]])
     chosen = {
         "default": (study.default, Usage()),
         "tuned": (tuned, baseline_cost),
+        "tuned-fast": (tuned_fast, baseline_cost),
         "candidate": (for_tuned, candidate_cost),
         "candidate-fast": (for_default, candidate_cost),
     }
@@ -209,12 +230,20 @@ class _Bench:
     """Trains arms, each recipe and seed once."""
 
     def __init__(
-        self, study: Study, device: str, energy: EnergyMeter | None, progress: Progress
+        self,
+        study: Study,
+        device: str,
+        energy: EnergyMeter | None,
+        progress: Progress,
+        journal: Journal | None,
+        pause: Callable[[], bool],
     ) -> None:
         self._study = study
         self._device = device
         self._energy = energy
         self._progress = progress
+        self._journal = journal
+        self._pause = pause
         self._done: dict[tuple[str, int, str], Trained] = {}
 
     def train(self, recipe: Recipe, seeds: Sequence[int], split: str) -> list[Trained]:
@@ -222,9 +251,21 @@ class _Bench:
         for seed in seeds:
             key = (recipe.name, seed, split)
             if key not in self._done:
-                self._progress(f"{self._study.task.name}: {split}, {recipe.name}, seed {seed}")
-                self._done[key] = self._train_once(recipe, seed, split)
+                self._done[key] = self._known_or_trained(recipe, seed, split)
         return [self._done[recipe.name, seed, split] for seed in seeds]
+
+    def _known_or_trained(self, recipe: Recipe, seed: int, split: str) -> Trained:
+        def train() -> Trained:
+            if self._pause():
+                raise StudyPausedError(
+                    "the study is paused", hint="the same call goes on from here"
+                )
+            self._progress(f"{self._study.task.name}: {split}, {recipe.name}, seed {seed}")
+            return self._train_once(recipe, seed, split)
+
+        if self._journal is None:
+            return train()
+        return self._journal.get_or_train(self._study.task, recipe, seed, split, train)
 
     def _train_once(self, recipe: Recipe, seed: int, split: str) -> Trained:
         task = self._study.task
@@ -294,14 +335,25 @@ def _flops(runs: Sequence[Trained]) -> int:
     return sum(run.usage.flops for run in runs)
 
 
-def _cheapest(
-    recipes: Sequence[Recipe], tuning: Mapping[str, list[Trained]], target: float
+def _cheapest_equal(
+    recipes: Sequence[Recipe], tuning: Mapping[str, list[Trained]], reference: Recipe, margin: float
 ) -> Recipe:
-    """Return the recipe of fewest FLOPs that is no worse than `target`, else the best."""
-    good = [r for r in recipes if mean_loss(tuning[r.name]) <= target < math.inf]
+    """Return the recipe of fewest FLOPs that is no worse than the reference, else the best.
+
+    With one tuning seed there is no bound, and the mean alone decides.
+    """
+    theirs = tuning[reference.name]
+
+    def passes(recipe: Recipe) -> bool:
+        ours = tuning[recipe.name]
+        pairs = [a.loss - b.loss for a, b in zip(ours, theirs, strict=True)]
+        bound = upper_bound(pairs) if len(pairs) > 1 else margin
+        return mean_loss(ours) <= mean_loss(theirs) < math.inf and bound <= margin
+
+    good = [recipe for recipe in recipes if passes(recipe)]
     if not good:
-        return min(recipes, key=lambda r: mean_loss(tuning[r.name]))
-    return min(good, key=lambda r: _flops(tuning[r.name]))
+        return min(recipes, key=lambda recipe: mean_loss(tuning[recipe.name]))
+    return min(good, key=lambda recipe: _flops(tuning[recipe.name]))
 
 
 def _choose_tuned(
@@ -313,4 +365,5 @@ def _choose_tuned(
             "every baseline diverged on the tuning seeds",
             hint="add recipes with a lower learning rate",
         )
-    return _cheapest(recipes, tuning, best + margin / 2)
+    good = [r for r in recipes if mean_loss(tuning[r.name]) <= best + margin / 2]
+    return min(good, key=lambda r: _flops(tuning[r.name]))

@@ -55,6 +55,7 @@ def find_batch_size(
     keep: Iterable[Any] = (),
     group: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
+    agree: bool = True,
 ) -> BatchSize:
     """Find the largest batch size at which `trial` does not run out of memory.
 
@@ -74,6 +75,7 @@ def find_batch_size(
             back after every trial.
         group: Ranks that must agree; all if None.
         device: Where the model is; an accelerator's cache is emptied after each trial.
+        agree: False: this rank decides alone, and nothing is collective.
 
     Raises:
         ConfigError: Not even one sample fits.
@@ -93,17 +95,14 @@ def find_batch_size(
                 if isinstance(each, torch.nn.Module):
                     each.zero_grad(set_to_none=True)
             _free()
-            tried[size] = _agree(mine, group, torch.device(device))
+            tried[size] = _agree(mine, group, torch.device(device)) if agree else mine
         return tried[size]
 
     size = start
     while not fits(size) and size > 1:
         size //= 2
     if not tried[size]:
-        raise ConfigError(
-            "a batch of one sample does not fit in memory",
-            hint="a smaller model, bf16, recomputed activations, or sharded parameters",
-        )
+        raise nothing_fits()
     while size < limit and tried.get(min(2 * size, limit), True) and fits(min(2 * size, limit)):
         size = min(2 * size, limit)
     low, high = size, min((s for s, ok in tried.items() if not ok), default=limit + 1)
@@ -112,6 +111,14 @@ def find_batch_size(
         low, high = (middle, high) if fits(middle) else (low, middle)
     reason = f"{low} fits, {high} does not" if high <= limit else f"{low} is the maximum"
     return BatchSize(micro_batch=low, reason=reason, tried=tried)
+
+
+def nothing_fits() -> ConfigError:
+    """Return the error for a model of which not even one sample fits."""
+    return ConfigError(
+        "a batch of one sample does not fit in memory",
+        hint="a smaller model, bf16, recomputed activations, or sharded parameters",
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -92,9 +92,10 @@ def environment() -> dict[str, Any]:
 
 
 def write(record: dict[str, Any], folder: Path, hardware: str) -> Path:
-    """Write `record` to `<date>_<hardware>_<commit>_<task>.json` in `folder`; return the path."""
-    env = record["environment"]
-    name = f"{env['date']}_{hardware}_{env['commit']}_{record['task']['name']}.json"
+    """Write `record` to `<date>_<hardware>_<commit>_<task>[-size].json`; return the path."""
+    env, size = record["environment"], record["options"].get("size", "medium")
+    task = record["task"]["name"] + ("" if size == "medium" else f"-{size}")
+    name = f"{env['date']}_{hardware}_{env['commit']}_{task}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     partial = path.with_suffix(".part")

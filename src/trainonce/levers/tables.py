@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 _TITLES = {
     "default": "default recipe",
     "tuned": "tuned baseline",
+    "tuned-fast": "tuned, to the default's quality",
     "candidate": "levers, to the tuned baseline's quality",
     "candidate-fast": "levers, to the default's quality",
     "shorter": "control: tuned, shorter schedule",
@@ -41,6 +43,32 @@ def comparison_table(record: dict[str, Any]) -> str:
             _pair(arm, lambda c: f"{c['saved']['cpu_s']:.0%}"),
         ]
         rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def summary_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return one row a study and arm: what tuning saves, and what levers save, against both."""
+    rows = [
+        (
+            "| task, size | arm | recipe | equal to default / tuned "
+            "| FLOPs saved vs default / tuned | CPU saved vs default / tuned |"
+        ),
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        where = f"{record['task']['name']}, {record['options'].get('size', 'medium')}"
+        for arm in record["arms"]:
+            if arm["role"] not in ("tuned-fast", "candidate-fast", "candidate"):
+                continue
+            cells = [
+                where,
+                _TITLES[arm["role"]],
+                arm["recipe"]["name"],
+                _pair(arm, lambda c: "yes" if c["equal"] else "no"),
+                _pair(arm, lambda c: f"{c['saved']['flops']:.0%}"),
+                _pair(arm, lambda c: f"{c['saved']['cpu_s']:.0%}"),
+            ]
+            rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -103,7 +131,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for arm, marker in zip(record["arms"], "osD^vP", strict=False):
+    for arm, marker in zip(record["arms"], "os*D^vP", strict=False):
         runs = [run for run in arm["runs"] if run["loss"] is not None]
         gflop = [run["usage"]["flops"] / 1e9 for run in runs]
         axes.plot(

@@ -8,8 +8,9 @@ import torch
 from trainonce.cli.main import main
 from trainonce.errors import ConfigError
 from trainonce.levers import results
-from trainonce.levers.bench import GRIDS, TASKS, make_study
+from trainonce.levers.bench import GRIDS, SIZES, TASKS, make_study
 from trainonce.levers.bench.digits import Digits
+from trainonce.levers.bench.finetune import Finetune
 from trainonce.levers.bench.stdlib_bytes import StdlibBytes
 from trainonce.levers.harness import Recipe, Study, run_study
 from trainonce.levers.usage import UsageMeter
@@ -56,6 +57,26 @@ def test_bytes_trains_the_same_twice_and_counts_its_tokens(settings):
     assert first == again
     assert usage.tokens == settings["tokens"]
     assert 0 < first["bits_per_byte"] < 9
+
+
+@pytest.mark.parametrize("settings", [{}, {"freeze": 0.99}, {"prefix": 2}])
+def test_fine_tuning_starts_from_the_same_network_and_skips_what_is_frozen(settings):
+    task = Finetune(width=2)
+    settings = {"epochs": 3, "optimizer": "adamw", "lr": 0.01, "schedule": True, **settings}
+    (first, usage), (again, _) = train(task, settings), train(task, settings)
+    assert first == again
+    whole = train(task, {**settings, "freeze": 0.0, "prefix": 0})[1]
+    if settings.keys() & {"freeze", "prefix"}:
+        assert 0 < usage.flops < whole.flops
+    else:
+        assert usage.flops == whole.flops
+
+
+def test_sizes_double_the_width_and_belong_to_the_file_name(tmp_path):
+    widths = [make_study("digits", size=size).task.settings()["width"] for size in SIZES]
+    assert widths == [4, 8, 16]
+    with pytest.raises(ConfigError, match="size 'huge'"):
+        make_study("digits", size="huge")
 
 
 def test_data_for_training_tuning_and_reporting_are_disjoint():
@@ -107,11 +128,19 @@ def test_the_command_shows_a_result_file_without_running_anything(tmp_path, caps
         (["--task", "digits", "--grid", "huge"], "grid 'huge'"),
         (["--task", "digits", "--seeds", "4"], "too few"),
         (["--tuning-seeds", "0"], "at least 1"),
+        (["--task", "digits", "--size", "huge"], "size 'huge'"),
+        (["--pause-after-s", "5"], "--journal"),
     ],
 )
 def test_bad_options_are_refused_with_a_hint_before_anything_runs(arguments, words, capsys):
     assert main(["bench", "levers", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_command_pauses_with_a_code_of_its_own(tmp_path, capsys):
+    arguments = ["--task", "digits", "--grid", "small", "--journal", str(tmp_path / "j")]
+    assert main(["bench", "levers", *arguments, "--pause-after-s", "0"]) == 75
+    assert "goes on from here" in capsys.readouterr().err
 
 
 def test_unknown_tasks_are_refused():

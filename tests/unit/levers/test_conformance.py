@@ -11,6 +11,7 @@ from trainonce.levers.base import Lever, LeverInfo
 from trainonce.levers.early_stop import EarlyStop
 from trainonce.levers.freeze import Freeze
 from trainonce.levers.infobatch import InfoBatch
+from trainonce.levers.noise_scale import NoiseScale
 from trainonce.levers.precision import Precision
 from trainonce.levers.schedule import Schedule
 from trainonce.levers.sequence import SequenceWarmup
@@ -28,6 +29,9 @@ LEVERS = {
     "infobatch": lambda _model, _optimizer, **on: InfoBatch(SAMPLES, EPOCHS, **on),
     "freeze": lambda model, _optimizer, **on: Freeze(
         [model.embed, *model.blocks, model.head], window=2, threshold=0.99, patience=1, **on
+    ),
+    "noise-scale": lambda _model, optimizer, **on: NoiseScale(
+        optimizer, 1, every=3, smoothing=0.5, **on
     ),
     "early-stop": lambda _model, _optimizer, **on: EarlyStop(patience=2, **on),
 }

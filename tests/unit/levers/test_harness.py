@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from trainonce.errors import ConfigError
+from trainonce.errors import ConfigError, StudyPausedError
 from trainonce.levers import results, tables
 from trainonce.levers.compare import Trained, compare, savings, upper_bound
 from trainonce.levers.harness import Recipe, Study, run_study, saved_with_tuning
+from trainonce.levers.journal import Journal
 from trainonce.levers.usage import Usage
 
 
@@ -176,6 +177,9 @@ def test_a_result_file_is_complete_and_tables_and_plots_come_from_it(found, tmp_
     assert "| tuned baseline | b200 |" in page
     assert "95%" in page
     assert "| control: tuned, random subset |" in page
+    summary = tables.summary_table([read, read])
+    assert summary.count("| known, medium | levers, to the tuned baseline's quality | c10 |") == 2
+    assert "| yes / yes | 90% / 95% |" in summary
     tables.plot(read, tmp_path / "known.png")
     assert (tmp_path / "known.png").read_bytes().startswith(b"\x89PNG")
 
@@ -186,3 +190,51 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
         results.read(tmp_path / "x.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         results.read(tmp_path / "missing.json")
+
+
+def test_a_paused_study_goes_on_from_its_journal_and_trains_nothing_twice(tmp_path, found):
+    path, tasks = tmp_path / "journal.jsonl", []
+    for allowed in (3, 7, 1000):
+        task = Known()
+        tasks.append(task)
+        asked = iter(range(allowed))
+        arguments = {"journal": Journal(path), "pause": lambda left=asked: next(left, None) is None}
+        if allowed < 1000:
+            with pytest.raises(StudyPausedError):
+                run_study(study(task), **arguments)
+            with path.open("a") as file:
+                file.write('{"key": "cut sho')  # as if it had died while it wrote
+        else:
+            resumed = run_study(study(task), **arguments)
+    trained = [each for task in tasks for each in task.trained]
+    assert [len(task.trained) for task in tasks[:2]] == [3, 7]
+    assert len(trained) == len(set(trained))
+    for role, arm in found.arms.items():
+        assert resumed.arms[role].recipe == arm.recipe
+        assert [run.loss for run in resumed.arms[role].runs] == [run.loss for run in arm.runs]
+
+
+def test_a_journal_does_not_answer_for_another_recipe_seed_or_split(tmp_path):
+    journal, task = Journal(tmp_path / "j"), Known()
+    usage = Usage(flops=3)
+
+    def get(recipe_settings, seed, split, loss):
+        wanted = Recipe("any name", recipe_settings)
+        run = Trained(seed=seed, loss=loss, metrics={"loss": loss}, usage=usage)
+        return journal.get_or_train(task, wanted, seed, split, lambda: run).loss
+
+    assert get({"a": 1}, 0, "tuning", 1.0) == 1.0
+    assert get({"a": 1}, 0, "tuning", 2.0) == 1.0
+    assert get({"a": 2}, 0, "tuning", 3.0) == 3.0
+    assert get({"a": 1}, 1, "tuning", 4.0) == 4.0
+    assert get({"a": 1}, 0, "reporting", math.inf) == math.inf
+    again = Journal(tmp_path / "j")
+    assert len(again) == 4
+    assert again.get_or_train(task, Recipe("r", {"a": 1}), 0, "reporting", pytest.fail).loss == (
+        math.inf
+    )
+
+
+def test_what_tuning_alone_saves_is_an_arm_of_its_own(found):
+    assert found.arms["tuned-fast"].recipe.name == "b50"
+    assert found.arms["tuned-fast"].against_default.saved["flops"] == pytest.approx(0.5)

@@ -212,48 +212,37 @@ def default() -> Recipe:
 
 
 def baseline(grid: str) -> list[Recipe]:
-    """Return AdamW with decay to zero, over rates and horizons."""
-    rates, horizons = {
-        "small": ((1e-2,), (8, 16)),
-        "full": ((5e-3, 1e-2, 2e-2), (5, 8, 12, 16, 24)),
+    """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
+    rates, batches, horizons = {
+        "small": ((1e-2,), (64,), (8, 16)),
+        "full": ((1e-2, 2e-2), (32, 64), (4, 6, 9, 12, 16, 24)),
     }[grid]
-    return [
-        _recipe(
-            f"adamw {lr:g}, {epochs} epochs",
-            optimizer="adamw",
-            lr=lr,
-            epochs=epochs,
-            schedule=True,
-        )
-        for epochs in horizons
-        for lr in rates
-    ]
+    return [_named("adamw", lr, batch, n) for n in horizons for batch in batches for lr in rates]
 
 
 def candidates(grid: str) -> list[Recipe]:
-    """Return Muon, InfoBatch, and both, over rates and horizons."""
-    muon, pruned = {
-        "small": (((2e-2, 5), (2e-2, 8)), (("adamw", 16),)),
-        "full": (
-            tuple((lr, epochs) for lr in (1e-2, 2e-2) for epochs in (3, 5, 8, 12)),
-            (("adamw", 12), ("adamw", 16), ("muon", 8), ("muon", 12)),
-        ),
-    }[grid]
-    with_muon = [
-        _recipe(
-            f"muon {lr:g}, {epochs} epochs", optimizer="muon", lr=lr, epochs=epochs, schedule=True
-        )
-        for lr, epochs in muon
+    """Return Muon, InfoBatch, and both, over rates, batch sizes and horizons."""
+    if grid == "small":
+        muon = [_named("muon", 2e-2, 64, epochs) for epochs in (5, 8)]
+        return [*muon, _named("adamw", 1e-2, 64, 16, infobatch=0.5)]
+    muon = [
+        _named("muon", lr, batch, epochs)
+        for lr in (2e-2, 4e-2)
+        for batch in (32, 64)
+        for epochs in (3, 4, 6, 9, 12, 16)
     ]
-    with_infobatch = [
-        _recipe(
-            f"{optimizer} 0.01 + infobatch, {epochs} epochs",
-            optimizer=optimizer,
-            lr=1e-2,
-            epochs=epochs,
-            schedule=True,
-            infobatch=0.5,
-        )
-        for optimizer, epochs in pruned
-    ]
-    return [*with_muon, *with_infobatch]
+    pruned = [_named("adamw", 1e-2, 32, epochs, infobatch=0.5) for epochs in (9, 12, 16, 24)]
+    return [*muon, *pruned, *(_named("muon", 2e-2, 32, n, infobatch=0.5) for n in (9, 12))]
+
+
+def _named(optimizer: str, lr: float, batch: int, epochs: int, infobatch: float = 0.0) -> Recipe:
+    pruned = " + infobatch" if infobatch else ""
+    return _recipe(
+        f"{optimizer} {lr:g}{pruned}, batch {batch}, {epochs} epochs",
+        optimizer=optimizer,
+        lr=lr,
+        batch=batch,
+        epochs=epochs,
+        schedule=True,
+        infobatch=infobatch,
+    )

@@ -235,45 +235,43 @@ def default() -> Recipe:
 
 
 def baseline(grid: str) -> list[Recipe]:
-    """Return AdamW with decay to zero, over rates and horizons."""
-    rates, horizons = {
-        "small": ((2e-2,), (75, 150)),
-        "full": ((5e-3, 1e-2, 2e-2), (75, 150, 300)),
+    """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
+    rates, batches, horizons = {
+        "small": ((1e-2,), (8,), (150, 300)),
+        "full": ((5e-3, 1e-2), (4, 8), (100, 150, 225, 300)),
     }[grid]
     return [
-        _recipe(
-            f"adamw {lr:g}, {tokens}k tokens",
-            optimizer="adamw",
-            lr=lr,
-            tokens=tokens * 1000,
-            schedule=True,
-        )
-        for tokens in horizons
-        for lr in rates
+        _named("adamw", lr, batch, 0.0, n) for n in horizons for batch in batches for lr in rates
     ]
 
 
 def candidates(grid: str) -> list[Recipe]:
     """Return AdamW and Muon, each with sequence-length warm-up, and Muon alone."""
-    chosen = {
-        "small": (("adamw", 2e-2, 0.4, (100,)), ("muon", 2e-2, 0.4, (50, 100))),
+    chosen: tuple[tuple[str, float, int, float, tuple[int, ...]], ...] = {
+        "small": (("adamw", 1e-2, 8, 0.4, (200,)), ("muon", 2e-2, 8, 0.4, (75, 150))),
         "full": (
-            ("adamw", 1e-2, 0.4, (75, 150, 225)),
-            ("adamw", 2e-2, 0.4, (75, 150, 225)),
-            ("muon", 2e-2, 0.0, (75, 150)),
-            ("muon", 1e-2, 0.4, (50, 100, 150, 225)),
-            ("muon", 2e-2, 0.4, (50, 100, 150, 225)),
+            ("adamw", 1e-2, 8, 0.4, (150, 225)),
+            ("muon", 2e-2, 8, 0.0, (100, 150)),
+            ("muon", 2e-2, 8, 0.4, (60, 80, 100, 150, 200)),
+            ("muon", 4e-2, 8, 0.4, (60, 80, 100, 150, 175)),
+            ("muon", 2e-2, 4, 0.4, (60, 80, 100, 150, 175, 200)),
         ),
     }[grid]
     return [
-        _recipe(
-            f"{optimizer} {lr:g}{' + sequence warm-up' * (ramp > 0)}, {tokens}k tokens",
-            optimizer=optimizer,
-            lr=lr,
-            tokens=tokens * 1000,
-            schedule=True,
-            sequence_warmup=ramp,
-        )
-        for optimizer, lr, ramp, horizons in chosen
-        for tokens in horizons
+        _named(optimizer, lr, batch, ramp, n)
+        for optimizer, lr, batch, ramp, horizons in chosen
+        for n in horizons
     ]
+
+
+def _named(optimizer: str, lr: float, batch: int, ramp: float, thousands: int) -> Recipe:
+    warmup = " + sequence warm-up" if ramp else ""
+    return _recipe(
+        f"{optimizer} {lr:g}, batch {batch}{warmup}, {thousands}k tokens",
+        optimizer=optimizer,
+        lr=lr,
+        batch=batch,
+        tokens=thousands * 1000,
+        schedule=True,
+        sequence_warmup=ramp,
+    )

@@ -1,0 +1,185 @@
+"""`trainonce.fit`: a training loop of one screen that follows a plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainonce import settings
+from trainonce.errors import ConfigError
+from trainonce.ledger import prices
+from trainonce.ledger.spending import Budget, open_spending
+from trainonce.levers.batches import as_data
+from trainonce.levers.fingerprint import model_digest
+from trainonce.levers.host import open_host, settle_plan
+from trainonce.levers.plan_file import Plan
+from trainonce.levers.planning import plan as make_plan
+from trainonce.levers.training import BEST, Training, to_stderr
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a run came to.
+
+    Args:
+        steps: Updates made.
+        loss: Mean training loss of the last part of the run.
+        value: Metric on the evaluation data at the end; NaN without any.
+        best: Best value seen (the training loss where nothing was evaluated).
+        best_step: After how many updates.
+        stopped: Why it ended before its last update; "" if it did not.
+        guard: What the guard said; "" if it was not asked.
+        levers: The levers that were on at the end.
+        spent: Hours, and money and energy where they are known; planning included.
+        history: [updates, training loss, value] of each look at the run.
+        plan: What it followed.
+        weights: File of the best weights, safetensors.
+        folder: Of everything the run wrote.
+    """
+
+    steps: int
+    loss: float
+    value: float
+    best: float
+    best_step: int
+    stopped: str
+    guard: str
+    levers: tuple[str, ...]
+    spent: dict[str, float]
+    history: list[list[float]]
+    plan: Plan
+    weights: Path
+    folder: Path
+
+
+def fit(
+    model: torch.nn.Module,
+    train: Any,
+    loss: Callable[[Any, Any], torch.Tensor],
+    *,
+    eval: Any = None,
+    metric: Callable[[Any, Any], torch.Tensor] | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    plan: Plan | str | Path | None = None,
+    budget: Budget | None = None,
+    seed: int = 0,
+    task: str | None = None,
+    folder: str | Path | None = None,
+    tensorboard: str | Path | None = None,
+    progress: Callable[[str], None] = to_stderr,
+) -> FitResult:
+    """Train a model with the levers of a plan, on the exactly-once runtime where there is one.
+
+    In a job of `trainonce run` every update survives failures. In a plain process the state is
+    kept in `folder`, and the same call goes on from there. It is a loop around parts that can
+    all be had separately: see docs/plan.md.
+
+    Args:
+        model: Is moved to the device, and trained in place: it ends with the last weights.
+        train: A map-style dataset, a `DataLoader` of one, or a tuple of tensors. A loader's
+            batch size is that of an update, all ranks together.
+        loss: `loss(out, batch)` returns one value a sample, shape (B,); a scalar switches the
+            per-sample levers off.
+        eval: Data to evaluate on.
+        metric: `metric(out, batch)` like `loss`, lower is better; the loss if None.
+        steps: Updates of the run.
+        epochs: Or passes over the data.
+        optimizer: The caller's own; its rates are the peaks of the schedule.
+        plan: A plan, or a file of one: what does not exist is planned, and written there.
+        budget: Limits; planning counts.
+        seed: Of order and generators.
+        task: As for `plan`.
+        folder: For plan, state and best weights; a new one under TRAINONCE_HOME if None.
+        tensorboard: Folder for event files.
+        progress: Called with each line on rank 0; they go to stderr.
+
+    Raises:
+        ConfigError: Arguments that do not fit one another, or a plan of another model.
+        ProbeError: A loss was not finite in a probe.
+        BudgetSpentError: The budget is spent already.
+    """
+    host = open_host(seed=seed, folder=None if folder is None else Path(folder))
+    model.to(host.device)
+    data, eval_data = as_data(train), None if eval is None else as_data(eval)
+    meter, gate = open_spending(
+        budget or Budget(), host.world_size, prices.load(settings.home()).prices
+    )
+
+    def make() -> Plan:
+        return make_plan(
+            model, data, loss, task=task, budget=budget, eval=eval_data, steps=steps,
+            epochs=epochs, optimizer=optimizer, seed=seed, world_size=host.world_size,
+            progress=progress,
+        )  # fmt: skip
+
+    chosen = plan
+    if not isinstance(chosen, Plan):
+        chosen = settle_plan(Path(chosen) if chosen else host.folder / "plan.toml", make)
+    _check(chosen, model, steps, progress)
+    training = Training(
+        host, chosen, model, data, eval_data, loss, metric, optimizer, seed=seed, gate=gate,
+        meter=meter, tensorboard=Path(tensorboard) if tensorboard else None, show=progress,
+    )  # fmt: skip
+    update, look = host.step(training.update), host.step(training.look)
+    host.protect(
+        model=training.model, optimizer=training.optimizer, loader=training.loader,
+        levers=training.stack, state=training.state,
+    )  # fmt: skip
+    if training.state.updates < chosen.run.steps:
+        gate.check(training.state.spent)
+    with training.flags():
+        for batch in host.batches(training.loader, max_steps=chosen.run.steps):
+            update(batch)
+            if training.due():
+                look()
+                if training.worth_saving():
+                    host.save()
+                if training.stopped():
+                    break
+    return _result(training)
+
+
+def _check(
+    plan: Plan, model: torch.nn.Module, steps: int | None, show: Callable[[str], None]
+) -> None:
+    mine = model_digest(model)
+    if plan.fingerprint.model != mine:
+        raise ConfigError(
+            f"the plan was made for another model: {plan.fingerprint.model}, and this one is "
+            f"{mine} (digests of names, shapes and dtypes)",
+            hint="make a plan for this model, or give fit the model of the plan",
+        )
+    if steps is not None and steps != plan.run.steps:
+        show(f"the plan has {plan.run.steps} updates, and steps={steps} is not used")
+    if not plan.fingerprint.per_sample:
+        show("the loss is a scalar: levers that need one value a sample are off")
+
+
+def _result(training: Training) -> FitResult:
+    state = training.state
+    training.close()
+    last = state.history[-1] if state.history else [0, math.nan, math.nan]
+    return FitResult(
+        steps=state.updates,
+        loss=last[1],
+        value=last[2],
+        best=state.best,
+        best_step=state.best_step,
+        stopped=state.stop,
+        guard=state.guard,
+        levers=tuple(name for name, lever in training.levers.items() if lever.enabled),
+        spent=dict(state.spent),
+        history=[list(each) for each in state.history],
+        plan=training.plan,
+        weights=training.host.folder / BEST,
+        folder=training.host.folder,
+    )

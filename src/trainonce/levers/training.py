@@ -1,0 +1,431 @@
+"""The parts that `fit` puts together: levers of a plan, one update, and what watches over it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_model
+from torch.nn.parallel import DistributedDataParallel
+
+from trainonce.errors import ConfigError
+from trainonce.ledger.spending import Action
+from trainonce.levers.base import Lever, Stack
+from trainonce.levers.batches import call_model, num_samples, to_device, unwrapped
+from trainonce.levers.early_stop import EarlyStop
+from trainonce.levers.fingerprint import is_per_sample
+from trainonce.levers.freeze import Freeze
+from trainonce.levers.guard import Verdict, judge
+from trainonce.levers.infobatch import InfoBatch, WithIndex
+from trainonce.levers.memory import Accumulation
+from trainonce.levers.optimizer import muon_adamw
+from trainonce.levers.precision import Precision
+from trainonce.levers.probes import guard_indices, mean_loss
+from trainonce.levers.schedule import Schedule
+from trainonce.levers.sequence import SequenceWarmup
+from trainonce.worker.seeds import derive_seed, seed_generators
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from trainonce.ledger.spending import BudgetGate, SpendingMeter
+    from trainonce.levers.batches import Data
+    from trainonce.levers.host import Host
+    from trainonce.levers.plan_file import Plan
+
+    Loss = Callable[[Any, Any], torch.Tensor]
+
+BEST = "best.safetensors"
+
+
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the parts of a model in order of registration, lists of layers taken apart."""
+    found: list[torch.nn.Module] = []
+    for child in unwrapped(model).children():
+        inside = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
+        found += list(child.children()) if inside else [child]
+    return [block for block in found if next(block.parameters(), None) is not None]
+
+
+def build_levers(
+    plan: Plan, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: Data,
+    *, device: torch.device, seed: int,
+) -> dict[str, Lever]:  # fmt: skip
+    """Return the levers of a plan that act while it trains, in the registry's order.
+
+    Those that are off are built too, and do nothing: so a plan's levers have the same state
+    whatever is on.
+
+    Raises:
+        ConfigError: Settings of the plan that a lever cannot use.
+    """
+
+    def settings(name: str) -> dict[str, Any]:
+        return {**plan.settings(name), "enabled": plan.is_on(name)}
+
+    for name in ("recompute", "quantized", "noise-scale"):
+        if plan.is_on(name):
+            raise ConfigError(
+                f"fit does not drive {name}, and the plan has it on",
+                hint="switch it off in the plan, or use it in a loop of your own (docs/levers.md)",
+            )
+    levers: dict[str, Lever] = {}
+    try:
+        mode = settings("precision")
+        levers["precision"] = Precision(mode.pop("mode", None), device=device, **mode)
+        levers["schedule"] = Schedule(optimizer, plan.run.steps, **settings("schedule"))
+        if plan.is_on("sequence-warmup"):
+            length = plan.fingerprint.sequence_length
+            levers["sequence-warmup"] = SequenceWarmup(
+                length, plan.run.steps, **settings("sequence-warmup")
+            )
+        if plan.is_on("infobatch"):
+            levers["infobatch"] = InfoBatch(len(data), seed=seed, **settings("infobatch"))
+        if plan.is_on("freeze"):
+            levers["freeze"] = Freeze(blocks_of(model), **settings("freeze"))
+        if plan.is_on("early-stop"):
+            schedule = levers["schedule"]
+            assert isinstance(schedule, Schedule)
+            levers["early-stop"] = EarlyStop(
+                schedule=schedule, wait_for=list(levers.values()), **settings("early-stop")
+            )
+    except TypeError as error:
+        raise ConfigError(
+            f"a lever has settings in the plan that it does not know: {error}",
+            hint="see docs/levers.md, or make the plan anew",
+        ) from error
+    return levers
+
+
+def build_optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of a plan: Muon with AdamW, or AdamW."""
+    weight_decay = float(plan.settings("optimizer").get("weight_decay", 0.01))
+    on = plan.is_on("optimizer")
+    return muon_adamw(unwrapped(model), plan.run.lr, enabled=on, weight_decay=weight_decay)
+
+
+@dataclass
+class State:
+    """What must survive beside model, optimizer and levers; equal on all ranks.
+
+    Attributes:
+        updates: Made so far.
+        best: Best value on the evaluation data, and `best_step`, after how many updates.
+        history: [updates, training loss, value or NaN] of each look.
+        stop: Why the run ended early; "" if it did not.
+        stop_is_budget: It may go on with a larger budget.
+        guard: What the guard said last; `guard_fired`: it has switched levers off.
+        spent: Used so far, by kind.
+    """
+
+    updates: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    history: list[list[float]] = field(default_factory=lambda: [])
+    stop: str = ""
+    stop_is_budget: bool = False
+    guard: str = ""
+    guard_fired: bool = False
+    spent: dict[str, float] = field(default_factory=lambda: {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all fields."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        vars(self).update(state)
+
+
+class Training:
+    """One run: the model, its levers, and what an update and a look at the run do.
+
+    Args:
+        host: Where it runs.
+        plan: What is on.
+        model: Of the caller, on the host's device.
+        data: To train on.
+        eval_data: To evaluate on, if any.
+        loss: Of the caller.
+        metric: Of the caller, lower is better; the loss if None.
+        optimizer: Of the caller; the plan's if None.
+        seed: Of order and generators.
+        gate: Watches the budget.
+        meter: What is spent.
+        tensorboard: Folder of its event files.
+        show: Called with each line of progress.
+    """
+
+    def __init__(
+        self, host: Host, plan: Plan, model: torch.nn.Module, data: Data, eval_data: Data | None,
+        loss: Loss, metric: Loss | None, optimizer: torch.optim.Optimizer | None, *, seed: int,
+        gate: BudgetGate, meter: SpendingMeter, tensorboard: Path | None,
+        show: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.host, self.plan, self.state = host, plan, State()
+        self.optimizer = optimizer or build_optimizer(plan, model)
+        self.levers = build_levers(plan, model, self.optimizer, data, device=host.device, seed=seed)
+        self.stack = Stack(**self.levers)
+        self.loader = self._make_loader(data)
+        self.model = model
+        if host.world_size > 1 and not isinstance(model, DistributedDataParallel):
+            unused = plan.is_on("freeze")
+            self.model = DistributedDataParallel(model, find_unused_parameters=unused)
+        self._eval_data, self._loss, self._metric = eval_data, loss, metric or loss
+        self._guard_data = eval_data or data
+        self._guard_indices = guard_indices(len(data), len(eval_data) if eval_data else None, seed)
+        self._seed = seed
+        self._gate, self._meter, self._show = gate, meter, show
+        self._writer = _open_tensorboard(tensorboard)
+        self._look_every = max(plan.run.steps // 20, 1)
+        self._budget_every = max(plan.run.steps // 200, 1)
+        self._begun_s, self._begun_at, self._last_step = time.monotonic(), 0, 0
+        self.model.train()
+
+    def _make_loader(self, data: Data) -> Any:
+        sampler = self.levers.get("infobatch")
+        order = {"shuffle": True} if sampler is None else {"sampler": sampler}
+        return self.host.dataloader(
+            WithIndex(data.dataset),
+            max(self.plan.run.batch_size // self.host.world_size, 1),
+            collate_fn=data.collate_indexed,
+            drop_last=True,
+            num_workers=data.num_workers,
+            **order,
+        )
+
+    def flags(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context that holds the process-wide flags of the precision."""
+        precision = self.levers["precision"]
+        assert isinstance(precision, Precision)
+        return precision.flags()
+
+    # ------------------------------------------------------------------ one update
+
+    def update(self, indexed: tuple[torch.Tensor, Any]) -> torch.Tensor:
+        """Make one update, and return the mean loss of this rank's samples, shape ()."""
+        indices, batch = indexed
+        step = self.state.updates
+        if step != self._last_step:  # the state was loaded from elsewhere
+            self._meter.restart(self.state.spent)
+            self._begun_s, self._begun_at = time.monotonic(), step
+        # By the update alone: what looks at the run in between must not change what it draws.
+        seed_generators(derive_seed("update", self._seed, self.host.rank, step))
+        self.stack.begin_step(step)
+        before = num_samples(batch)
+        batch = self.stack.shape_batch(to_device(batch, self.host.device))
+        samples = num_samples(batch)
+        # Sequences that were cut count as parts of a sample: as many tokens fit at once.
+        accumulation = Accumulation(max(self.plan.run.micro_batch * samples // before, 1))
+        scale = 1 / samples  # every rank has as many: what does not fill a step is left out
+        local = self.host.local
+        total = torch.zeros((), dtype=torch.float64, device=self.host.device)
+        for (part, micro), sync in accumulation.split(
+            (indices if samples == before else torch.arange(samples), batch), self.model
+        ):
+            with sync:
+                with self.stack.autocast():
+                    losses = self._loss(call_model(self.model, micro), micro).float()
+                count = num_samples(micro)
+                mean = self._reduce(losses, part, count)
+                share = losses.detach().double().mean() * (count / samples)
+                total += share
+                # Before the backward pass: the last collective is in there, and what differs by
+                # rank must be known by then, or it is lost with a process that dies right after.
+                local["loss_sum"] = share + local.get("loss_sum", 0.0)
+                local["loss_count"] = local.get("loss_count", 0.0) + count / samples
+                self.stack.scale_loss(mean * (count * scale)).backward()
+        self.stack.update(self.optimizer)
+        self.stack.end_step(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.updates += 1
+        self._last_step = self.state.updates
+        return total
+
+    def _reduce(self, losses: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor:
+        if is_per_sample(losses, count):
+            return self.stack.reduce_loss(losses, indices)
+        if "infobatch" in self.levers and self.levers["infobatch"].enabled:
+            raise ConfigError(
+                "the loss is a scalar, and InfoBatch is on in the plan",
+                hint="return one value a sample, or switch [levers.infobatch] off",
+            )
+        return losses
+
+    # ------------------------------------------------------------------ looking at the run
+
+    def due(self) -> bool:
+        """Tell whether to look at the run after this update; the same on every rank."""
+        step = self.state.updates
+        every = self._budget_every if self._gate.has_limits else self._look_every
+        marks = (self.plan.run.steps, self.plan.probes.guard_step)
+        return step % every == 0 or step % self._look_every == 0 or step in marks
+
+    def look(self) -> None:
+        """Evaluate, guard, keep the best weights, ask the budget. Collective."""
+        state = self.state
+        step = state.updates
+        local = self.host.local
+        loss = self._mean_over_ranks(float(local["loss_sum"]), local["loss_count"])
+        value = math.nan
+        if step % self._look_every == 0 or step == self.plan.run.steps:
+            value = self._evaluate()
+            state.history.append([step, loss, value])
+            local["loss_sum"], local["loss_count"] = 0.0, 0
+            self._note_best(value if self._eval_data is not None else loss, step)
+            self._report(step, loss, value)
+        if step == self.plan.probes.guard_step or not math.isfinite(loss):
+            self._guard(step, loss)
+        self._ask_budget()
+
+    def _evaluate(self) -> float:
+        """Return the metric over all evaluation data, the same on every rank; NaN without any."""
+        if self._eval_data is None:
+            return math.nan
+        mine = list(range(self.host.rank, len(self._eval_data), self.host.world_size))
+        found = self._mean_of(self._metric, self._eval_data, mine)
+        return self._mean_over_ranks(found * len(mine), len(mine))
+
+    def _mean_of(self, function: Loss, data: Data, indices: list[int]) -> float:
+        self.model.eval()
+        with self.stack.autocast():
+            size = max(self.plan.run.micro_batch, 1)
+            found = mean_loss(
+                unwrapped(self.model), data, indices, function, self.host.device, size
+            )
+        self.model.train()
+        return found
+
+    def _mean_over_ranks(self, total: float, count: float) -> float:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=self.host.device)
+        if self.host.world_size > 1:
+            dist.all_reduce(sums)
+        return float(sums[0] / sums[1]) if float(sums[1]) else math.nan
+
+    def _note_best(self, value: float, step: int) -> None:
+        stop = self.levers.get("early-stop")
+        if isinstance(stop, EarlyStop) and self._eval_data is not None:
+            decision = stop.observe(step - 1, value)
+            if decision.stop:
+                self.state.stop = decision.reason
+        if value < self.state.best:
+            self.state.best, self.state.best_step = value, step
+            if self.host.rank == 0:
+                save_weights(unwrapped(self.model), self.host.folder / BEST)
+
+    def _guard(self, step: int, loss: float) -> None:
+        compared = loss
+        if math.isfinite(loss):
+            compared = self._mean_of(self._loss, self._guard_data, self._guard_indices)
+        on = [lever for lever in self.levers.values() if lever.enabled]
+        decision = judge(
+            compared,
+            self.plan.probes.off_arm,
+            step=step,
+            reversible=[n for n, lever in self.levers.items() if _can_harm(lever)],
+            ramping=[x.info.name for x in on if x.ramping(step) and not isinstance(x, Schedule)],
+            fired=self.state.guard_fired,
+        )  # fmt: skip
+        if decision.verdict is Verdict.SWITCH_OFF:
+            self.state.guard_fired = True
+            for name in decision.levers:
+                self.levers[name].enabled = False
+            self._say(f"guard: {decision.reason}; switched off: {', '.join(decision.levers)}")
+        elif decision.verdict is Verdict.REPORT:
+            self._say(f"guard: {decision.reason}")
+        self.state.guard = f"{decision.verdict.value}: {decision.reason}"
+
+    def _ask_budget(self) -> None:
+        used = self.state.spent = self._agree_most(self._meter.used())
+        decision = self._gate.decide(used)
+        if decision.action is Action.WARN:
+            self._say(f"budget: {decision.reason}")
+        elif decision.action is Action.STOP:
+            self.state.stop = f"the budget is spent: {decision.reason}"
+            self.state.stop_is_budget = True
+            self._say(self.state.stop)
+
+    def _agree_most(self, used: dict[str, float]) -> dict[str, float]:
+        if self.host.world_size == 1:
+            return used
+        names = sorted(used)
+        most = torch.tensor([used[n] for n in names], dtype=torch.float64, device=self.host.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return dict(zip(names, most.tolist(), strict=True))
+
+    def stopped(self) -> bool:
+        """Tell whether the run ends here, before its last update."""
+        if self.state.stop_is_budget and not self._gate.is_spent(self.state.spent):
+            self.state.stop, self.state.stop_is_budget = "", False  # it goes on with a larger one
+        return bool(self.state.stop)
+
+    def worth_saving(self) -> bool:
+        """Tell whether a plain process should write its state after this update."""
+        step = self.state.updates
+        return step % self._look_every == 0 or step == self.plan.run.steps or self.stopped()
+
+    # ------------------------------------------------------------------ telling people
+
+    def _report(self, step: int, loss: float, value: float) -> None:
+        steps = self.plan.run.steps
+        elapsed_s = time.monotonic() - self._begun_s
+        done = max(step - self._begun_at, 1)
+        evaluated = "" if math.isnan(value) else f", eval {value:.4g} (best {self.state.best:.4g})"
+        self._say(
+            f"step {step}/{steps} ({step / steps:.0%}): loss {loss:.4g}{evaluated}, "
+            f"{elapsed_s / done * (steps - step):.0f} s left"
+        )
+        if self._writer is not None and self.host.rank == 0:
+            self._writer.add_scalar("loss/train", loss, step)
+            if not math.isnan(value):
+                self._writer.add_scalar("eval", value, step)
+            self._writer.flush()
+
+    def _say(self, line: str) -> None:
+        if self.host.rank == 0:
+            self._show(line)
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _can_harm(lever: Lever) -> bool:
+    """Tell whether switching a lever off could help a run whose loss is too high."""
+    if isinstance(lever, Precision):
+        return lever.enabled and lever.mode in ("bf16", "fp16")
+    return lever.enabled and lever.info.reversible and not isinstance(lever, EarlyStop)
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """Write a model's weights as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    save_model(model, str(partial))
+    partial.replace(path)
+
+
+def to_stderr(line: str) -> None:
+    """Show a line of progress."""
+    sys.stderr.write(f"fit: {line}\n")
+    sys.stderr.flush()
+
+
+def _open_tensorboard(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "tensorboard is not installed", hint="pip install tensorboard, or leave it out"
+        ) from error
+    return SummaryWriter(log_dir=str(folder))

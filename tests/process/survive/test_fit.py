@@ -1,0 +1,26 @@
+"""`trainonce.fit` under `trainonce run`: what is killed is rebuilt, and nothing shows it."""
+
+import pytest
+
+KEYS = ("history", "steps", "best", "weights")
+# Of the commits, two in three are updates, and the third is a look at the run.
+IN_AN_UPDATE = "kill rank=1 step=4 point=backward"
+IN_A_LOOK = "kill rank=0 step=20 point=begin"
+
+
+def check(shaken, calm, faults):
+    result = shaken("fit_once.py", "infobatch", faults=faults)
+    whole = calm("fit_once.py", "infobatch")
+    assert [result.values(key) for key in KEYS] == [whole.values(key) for key in KEYS]
+    assert set(result.values("steps").values()) == {40}
+    assert all(result.values("weights").values())
+
+
+def test_fit_with_its_levers_survives_kills_bit_for_bit(shaken, calm):
+    check(shaken, calm, [IN_AN_UPDATE, IN_A_LOOK])
+
+
+@pytest.mark.slow
+def test_fit_survives_kills_at_other_points(shaken, calm):
+    others = ["kill rank=0 step=12 point=update", "kill rank=0 step=33 point=commit"]
+    check(shaken, calm, [IN_AN_UPDATE, *others, "kill rank=1 step=44 point=commit"])

@@ -1,0 +1,292 @@
+"""`trainonce.plan` on models and data of several kinds, and the file it writes."""
+
+import dataclasses
+import math
+import tomllib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import trainonce
+from trainonce.errors import BudgetSpentError, ConfigError, DataError, ProbeError
+from trainonce.ledger.spending import Budget
+from trainonce.levers import gates, registry
+from trainonce.levers.plan_file import parse_plan, read_plan
+
+
+class Tokens(nn.Module):
+    """A causal language model over 16 tokens."""
+
+    def __init__(self, positions=0):
+        super().__init__()
+        self.embed = nn.Embedding(16, 16)
+        self.positions = nn.Embedding(positions, 16) if positions else None
+        self.hidden = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(tokens.shape[1]))
+        return self.head(F.gelu(self.hidden(x.cumsum(1))))
+
+
+def text(samples=64, length=32):
+    tokens = torch.randint(0, 16, (samples, length + 1), generator=torch.Generator().manual_seed(0))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def token_loss(out, batch):
+    return F.cross_entropy(out.transpose(1, 2), batch[1], reduction="none").mean(1)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 16), nn.Linear(16, 1))
+
+
+def points(samples=200):
+    x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(1))
+    return x, x.sum(1, keepdim=True).tanh()
+
+
+def square(out, batch):
+    return (out - batch[1]).square().mean(1)
+
+
+@pytest.fixture(scope="module")
+def probed():
+    """A plan with all probes, and what the model was before and after."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    made = trainonce.plan(model, points(), square, epochs=70)
+    torch.set_num_threads(threads)
+    return made, model, before, random
+
+
+def test_every_lever_is_in_the_plan_and_says_why_and_what_it_is_expected_to_save(probed):
+    made = probed[0]
+    assert list(made.levers) == list(registry.LEVERS)
+    for lever in made.levers.values():
+        assert lever.why
+        assert "source: " in lever.expected
+
+
+def test_probes_leave_model_and_generators_as_they_were(probed):
+    made, model, before, random = probed
+    assert made.probes.steps > 50
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+
+
+def test_the_plan_counts_what_its_probes_cost_and_measures_an_arm_without_levers(probed):
+    made = probed[0]
+    assert made.probes.share == pytest.approx(made.probes.steps / made.run.steps, abs=1e-4)
+    assert made.probes.share < 0.3
+    assert len(made.probes.off_arm) == 3
+    assert len(set(made.probes.off_arm)) == 3  # seeds differ, or there is no noise to measure
+    assert len(made.probes.tried_lr) >= 3
+
+
+def test_the_rate_is_lowered_from_the_probes_length_to_the_runs(probed):
+    made = probed[0]
+    best = min(made.probes.tried_lr, key=made.probes.tried_lr.get)
+    share = (made.probes.guard_step / made.run.steps) ** 0.32
+    assert made.run.lr == pytest.approx(float(best) * share, rel=0.01)
+
+
+def test_a_plan_file_is_commented_toml_and_says_the_same_when_it_is_read(probed, tmp_path):
+    path = probed[0].write(tmp_path / "plan.toml")
+    text = path.read_text()
+    assert text.startswith("# A plan of trainonce")
+    assert tomllib.loads(text)["levers"]["schedule"]["on"] is True
+    assert read_plan(path) == probed[0]
+
+
+def test_odd_text_and_numbers_survive_the_file(probed):
+    odd = dataclasses.replace(
+        probed[0].probes, off_arm=[math.inf, 1e-30], notes=['a "quoted"\n# line', "ü"]
+    )
+    made = dataclasses.replace(probed[0], probes=odd)
+    assert parse_plan(made.to_toml()) == made
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("format = 1", "format = 7", "no plan of format"),
+        ("[run]", "[walk]", "missing"),
+        ("steps = ", "stepps = ", "unknown"),
+        ("on = true", 'on = "yes"', "on is 'yes'"),
+        ("on = true", "on = ", "no TOML"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused_with_what_is_wrong(probed, old, new, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_plan(probed[0].to_toml().replace(old, new, 1))
+
+
+def test_a_choice_can_be_overridden_and_says_so(probed):
+    made = probed[0].override("precision", mode="bf16").override("schedule", on=False)
+    assert made.settings("precision")["mode"] == "bf16"
+    assert not made.is_on("schedule")
+    assert made.levers["schedule"].why.startswith("overridden; it was on")
+    with pytest.raises(ConfigError, match="no lever 'magic'"):
+        made.override("magic", on=True)
+
+
+def test_a_language_model_is_known_by_what_it_does():
+    made = trainonce.plan(Tokens(), text(), token_loss)
+    assert made.fingerprint.task == "language-model"
+    assert made.is_on("sequence-warmup")
+    assert made.is_on("optimizer") == ("limit" in made.levers["optimizer"].why and
+                                       made.levers["optimizer"].why < "it adds 1")  # fmt: skip
+    assert "nobody gave a length" in made.run.why
+
+
+def test_learned_positions_and_what_sees_the_future_get_no_sequence_warmup():
+    learned = trainonce.plan(Tokens(positions=32), text(), token_loss)
+    assert "learns its positions" in learned.levers["sequence-warmup"].why
+
+    class Bidirectional(Tokens):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            return self.head(x + x.mean(1, keepdim=True))
+
+    both = trainonce.plan(Bidirectional(), text(), token_loss)
+    assert both.fingerprint.task == "other"
+    assert not both.is_on("sequence-warmup")
+
+
+def test_a_dict_batch_enters_the_model_by_parameter_names():
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return {"input": torch.full((4,), float(index)), "weight": torch.tensor(1.0)}
+
+    made = trainonce.plan(net(), Rows(), lambda out, batch: out[:, 0].square() * batch["weight"])
+    assert made.fingerprint.batch_shapes == [[4, 4], [4]]
+
+    class Wrong(nn.Linear):
+        def forward(self, pixels):
+            return super().forward(pixels)
+
+    with pytest.raises(ConfigError, match="pixels"):
+        trainonce.plan(Wrong(4, 1), Rows(), lambda out, batch: out[:, 0])
+
+
+def test_infobatch_is_on_for_many_epochs_of_a_model_without_muon_and_shortens_the_run():
+    thin = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 1))  # no hidden matrix
+    many = trainonce.plan(thin, points(64), square, epochs=16)
+    assert many.is_on("infobatch")
+    share = gates.infobatch_share(many.settings("infobatch"))
+    assert 0.6 < share < 0.9
+    whole = trainonce.plan(thin, points(64), square, steps=many.run.steps)
+    assert "number of updates is given" in whole.levers["infobatch"].why
+    few = trainonce.plan(thin, points(64), square, epochs=3)
+    assert "3 epochs" in few.levers["infobatch"].why
+    scalar = trainonce.plan(thin, points(64), lambda o, b: square(o, b).mean(), epochs=16)
+    assert "the loss is a scalar" in scalar.levers["infobatch"].why
+    assert many.run.steps == round(share * scalar.run.steps)
+
+
+def test_a_model_that_was_trained_before_is_fine_tuned():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 1))
+    assert not trainonce.plan(model, points(), square, steps=20).is_on("freeze")
+    model(points()[0])  # the norm counts it
+    made = trainonce.plan(model, points(), square, steps=20)
+    assert made.fingerprint.task == "finetune"
+    assert made.is_on("freeze")
+    assert not made.is_on("optimizer")
+
+
+def test_the_callers_optimizer_is_neither_replaced_nor_probed():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = trainonce.plan(model, points(), square, epochs=70, optimizer=optimizer)
+    assert not made.is_on("optimizer")
+    assert not made.is_on("rate-probe")
+    assert made.run.lr == 0.0
+    assert "caller" in made.probes.notes[0]
+
+
+def test_a_budget_shortens_the_run_to_what_it_allows():
+    model = net()
+    own = torch.optim.SGD(model.parameters(), lr=0.1)  # else the probes of a long run are long
+
+    def steps(wanted, hours):
+        budget = Budget(max_hours=hours)
+        return trainonce.plan(model, points(), square, steps=wanted, budget=budget, optimizer=own)
+
+    assert steps(100_000, 500).run.steps == 100_000
+    cut = steps(10**9, 1e-3)
+    assert 1 <= cut.run.steps < 10**9
+    assert "cut from 1000000000" in cut.run.why
+
+
+def test_a_precision_for_the_whole_cluster_is_taken(monkeypatch):
+    monkeypatch.setenv("TRAINONCE_PRECISION", "bf16")
+    made = trainonce.plan(net(), points(), square, steps=20)
+    assert made.settings("precision")["mode"] == "bf16"
+
+
+def nan_at(value):
+    def loss(out, batch):
+        return square(out, batch) + (torch.nan if out.std() > value else 0.0)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"loss": lambda out, batch: (out - batch[1]).square()}, ConfigError, r"shape \[4, 1\]"),
+        ({"loss": lambda out, batch: 3.0}, ConfigError, "returned float"),
+        ({"loss": lambda out, batch: square(out, batch) * math.nan}, ProbeError, "before any"),
+        ({"train": []}, DataError, "empty"),
+        ({"train": iter([1])}, DataError, "map-style|__len__"),
+        ({"steps": 3, "epochs": 2}, ConfigError, "both given"),
+        ({"steps": 0}, ConfigError, "nothing to do"),
+        ({"task": "magic"}, ConfigError, "no task"),
+        ({"world_size": 500}, ConfigError, "too few"),
+    ],
+)
+def test_bad_input_is_refused_with_a_hint(arguments, error, words):
+    given = {"train": points(), "loss": square, **arguments}
+    train, loss = given.pop("train"), given.pop("loss")
+    with pytest.raises(error, match=words) as caught:
+        trainonce.plan(net(), train, loss, **given)
+    assert caught.value.hint
+
+
+def test_a_batch_that_does_not_fit_is_accumulated_and_one_that_never_fits_is_refused():
+    class Hungry(nn.Linear):
+        most = 5
+
+        def forward(self, x):
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("no memory")
+            return super().forward(x)
+
+    made = trainonce.plan(Hungry(4, 1), points(), square, steps=20)
+    assert made.run.micro_batch == 5
+    assert made.run.batch_size == 12
+    assert "accumulates" in made.levers["batch-size"].why
+    Hungry.most = 0
+    with pytest.raises(ConfigError, match="one sample does not fit"):
+        trainonce.plan(Hungry(4, 1), points(), square, steps=20)
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="max_hours is 0"):
+        Budget(max_hours=0)
+    assert issubclass(BudgetSpentError, RuntimeError)

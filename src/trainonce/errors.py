@@ -14,6 +14,7 @@
     ├── CheckpointError (RuntimeError)      a durable checkpoint that cannot be written or read
     ├── LedgerError (RuntimeError)          a ledger that cannot be written or read
     ├── SmokeTestError (RuntimeError)       a script does not survive its first batches
+    ├── SourceError (OSError)               a source of health signals that cannot be read here
     ├── JobNotFoundError (LookupError)      no such job, or it no longer runs
     ├── GraphError (RuntimeError)           a node of the graph cannot be built or evaluated
     │   ├── UnhashableError (TypeError)     a value that has no digest; `path` says where it sits
@@ -97,6 +98,10 @@ class LedgerError(TrainOnceError, RuntimeError):
 
 class SmokeTestError(TrainOnceError, RuntimeError):
     """A training script does not survive its first batches on the CPU."""
+
+
+class SourceError(TrainOnceError, OSError):
+    """A source of health signals cannot be read on this host."""
 
 
 class JobNotFoundError(TrainOnceError, LookupError):

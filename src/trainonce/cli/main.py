@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("trainonce.cli.run", "train with hot spares; takes torchrun's options"),
     "ps": ("trainonce.cli.ps", "list the running jobs"),
     "migrate": ("trainonce.cli.migrate", "move a rank to a spare while the job trains"),
+    "drain": ("trainonce.cli.drain", "empty a host or a device while the jobs on it train"),
     "report": ("trainonce.cli.report", "incidents, guarantee, time, money and energy of jobs"),
     "fleet": ("trainonce.cli.fleet", "faulty links of the network, and clocks of the hosts"),
     "bench": ("trainonce.cli.bench", "what levers save at equal quality, measured here"),

@@ -20,6 +20,7 @@ from trainonce.controller.store import TorchStore
 from trainonce.controller.supervisor import Supervisor
 from trainonce.engines.local import LocalEngine
 from trainonce.errors import ConfigError
+from trainonce.fleet.feed import open_for
 
 if TYPE_CHECKING:
     from trainonce.controller.job import Ledger
@@ -96,7 +97,12 @@ def run_job(options: RunOptions, ledger: Ledger) -> int:
         live.say(_first_line(options, job))
         for notice in options.notices:
             live.say(f"note: {notice}")
-        code = Supervisor(job, live=live, control=control).run()
+        feed = None
+        if not options.health.is_off:
+            feed = open_for(options.health, host=job.engine.host, clock=clock, disk=folder)
+        code = Supervisor(
+            job, live=live, control=control, health=feed and (feed, options.health)
+        ).run()
         live.say(_last_line(job, code))
         return code
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from trainonce import settings
 from trainonce.controller.policy import HangLimits
 from trainonce.errors import ConfigError
+from trainonce.fleet.feed import HealthSettings
+from trainonce.fleet.sources.words import HINT
 from trainonce.wire.faults import parse_plan
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class RunOptions:
         virtual_local_rank: Each rank sees its own GPU as device 0.
         signals: Signals that end the job cleanly.
         notices: What to tell the user about these options, at the start.
+        health: Which health signals are read, and what may follow.
     """
 
     script: str
@@ -74,6 +78,7 @@ class RunOptions:
     virtual_local_rank: bool = False
     signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     notices: tuple[str, ...] = ()
+    health: HealthSettings = field(default_factory=HealthSettings)
 
     def __post_init__(self) -> None:
         if self.nproc < 1:
@@ -157,6 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--chaos", default="", metavar="PLAN", help='"kill rank=1 step=50 point=backward; …"')
     option("--hang-timeout-s", type=float, default=None, help="no progress for this long: a hang")
     option("--grace-s", type=float, default=None, help="time to end cleanly after SIGTERM (30)")
+    option("--health", default=None, metavar="SOURCES", help=f"health signals to act on: {HINT}")
+    option("--health-every-s", type=float, default=None, help="time between two readings (10)")
     option("--job-id", default="", help="id of the job; made up by default")
     option("--resume", default="", metavar="JOB", help="start from the checkpoint of this job")
     option("--max-restarts", type=int, default=None, help="restarts of all ranks (see the docs)")
@@ -238,7 +245,22 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         virtual_local_rank=args.virtual_local_rank,
         signals=_signals(args.signals_to_handle),
         notices=tuple(_notices(args)),
+        health=_health(args),
     )
+
+
+def _health(args: argparse.Namespace) -> HealthSettings:
+    """Return the settings in [health] of settings.toml, with the options over them."""
+    values = dict(settings.table(settings.read_file(settings.home()), "health"))
+    if "sources" in values:
+        if not isinstance(values["sources"], list):
+            raise ConfigError(f"sources in [health] is {values['sources']!r}", hint='["auto"]')
+        values["sources"] = tuple(map(str, values["sources"]))
+    if args.health is not None:
+        values["sources"] = tuple(word.strip() for word in args.health.split(","))
+    if args.health_every_s is not None:
+        values["every_s"] = args.health_every_s
+    return settings.make(HealthSettings, values, "health")
 
 
 def num_ranks(nproc_per_node: str) -> int:

@@ -17,6 +17,7 @@ from trainonce import settings
 from trainonce.controller import control_socket
 from trainonce.controller.chaos import Chaos
 from trainonce.controller.ending import Ending
+from trainonce.controller.health import Health
 from trainonce.controller.migration import Migration
 from trainonce.controller.recovery import Recovery
 from trainonce.controller.watch import Watch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from trainonce.controller.control_socket import Client, ControlServer
     from trainonce.controller.job import Job, WorkerHandle
     from trainonce.controller.live import LiveView
+    from trainonce.fleet.feed import Feed, HealthSettings
     from trainonce.wire.messages import Message
 
 
@@ -39,18 +41,21 @@ class Supervisor:
     Args:
         job: The job; owned, and closed at the end.
         live: Shows progress; None for silence.
-        control: Answers `trainonce ps` and `trainonce migrate`; None for neither.
+        control: Answers `trainonce ps`, `migrate` and `drain`; None for none.
+        health: What is read of this host, and what may follow; None for nothing.
     """
 
     def __init__(
-        self, job: Job, *, live: LiveView | None = None, control: ControlServer | None = None
-    ) -> None:
+        self, job: Job, *, live: LiveView | None = None, control: ControlServer | None = None,
+        health: tuple[Feed, HealthSettings] | None = None,
+    ) -> None:  # fmt: skip
         self.job = job
         self.ending = Ending(job)
         self.recovery = Recovery(job, self.ending)
         self.migration = Migration(job, self.recovery)
         self.watch = Watch(job, self.recovery)
         self.chaos = Chaos(job, self.recovery, self.migration)
+        self.health = Health(job, self.migration, *health) if health is not None else None
         self._live = live
         self._control = control
         self._signals: socket.socket | None = None
@@ -123,6 +128,8 @@ class Supervisor:
                 resumed_from=job.resume_from,
             )
         )
+        if self.health is not None:
+            self.health.start()
 
     def step_once(self, timeout_s: float) -> None:
         """Wait at most `timeout_s` for something to happen, and act on it."""
@@ -146,6 +153,8 @@ class Supervisor:
         if self.watch.look():
             job.engine.maintain()
             self.migration.advance()
+            if self.health is not None:
+                self.health.look()
             if self._live is not None:
                 self._live.show(self.watch.snapshot)
         self.chaos.look()
@@ -154,6 +163,8 @@ class Supervisor:
         """Kill what is left, and release everything."""
         job = self.job
         self.migration.abandon("the job has ended")
+        if self.health is not None:
+            self.health.close()
         for handle in list(job.workers.values()):
             handle.process.signal_group(signal.SIGKILL)
             if not handle.fenced:
@@ -236,6 +247,7 @@ class Supervisor:
     def _on_hello(self, handle: WorkerHandle, message: messages.Hello) -> None:
         job = self.job
         handle.said_hello = True
+        handle.device = message.device
         handle.process.trust()
         first = not job.uses_trainonce
         job.uses_trainonce = True

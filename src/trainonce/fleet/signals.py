@@ -116,8 +116,19 @@ def from_record(record: object) -> Reading:
     return Reading(**values)
 
 
+def pci_address(text: str) -> str:
+    """Return a PCI address in one spelling: "00000000:3B:00.0" is "0000:3b:00"."""
+    domain, _, rest = text.lower().partition(":")
+    return f"{domain[-4:]}:{rest.partition('.')[0]}"
+
+
 class Source(Protocol):
     """Where readings come from: a driver, an exporter, a recording, a script."""
+
+    @property
+    def name(self) -> str:
+        """What the source is called."""
+        ...
 
     def read(self) -> Sequence[Reading]:
         """Return one reading of each device and host that can be read now."""
@@ -130,6 +141,8 @@ class ScriptedSource:
     Args:
         batches: What each call of `read` returns.
     """
+
+    name = "scripted"
 
     def __init__(self, batches: Iterable[Sequence[Reading]]) -> None:
         self._batches = iter(batches)
@@ -148,6 +161,8 @@ class RecordedSource:
     Raises:
         ConfigError: The file cannot be read, or a line is no reading.
     """
+
+    name = "recorded"
 
     def __init__(self, path: Path) -> None:
         try:

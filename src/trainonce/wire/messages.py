@@ -18,11 +18,12 @@ from trainonce.errors import WireError
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """The first word of a worker."""
+    """The first word of a worker; `device` is the PCI address of its GPU, empty for none."""
 
     worker: int
     pid: int
     protocol: int = 1
+    device: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,9 +97,9 @@ class Link:
                 hint=f"unset {settings.CONTROL_FD.name}, or start with `trainonce run`",
             ) from error
 
-    def start(self, listener: Listener) -> None:
-        """Say hello and begin to listen."""
-        self.send(Hello(worker=self.worker, pid=os.getpid()))
+    def start(self, listener: Listener, *, device: str = "") -> None:
+        """Say hello and begin to listen; `device` is the PCI address of this process's GPU."""
+        self.send(Hello(worker=self.worker, pid=os.getpid(), device=device))
         threading.Thread(
             target=self._listen, args=(listener,), name="trainonce-link", daemon=True
         ).start()

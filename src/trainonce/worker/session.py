@@ -238,7 +238,7 @@ class Run:
             self._join_plainly()
             return
         _register_backend(self)
-        self._link.start(self)
+        self._link.start(self, device=_pci_address(self._device))
         if self._promotion.done:
             # The launcher answers with the membership; from there on we know the store.
             self._announced.wait()
@@ -498,6 +498,17 @@ def init(
 def current() -> Run | None:
     """Return the run of this process, if `init` was called."""
     return _current
+
+
+def _pci_address(device: torch.device) -> str:
+    """Return where a GPU sits, as health signals name it; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    found = torch.cuda.get_device_properties(device)
+    try:
+        return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}"
+    except AttributeError:  # an older torch: the launcher then cannot tell whose GPU is failing
+        return ""
 
 
 def _leave_plainly() -> None:

@@ -329,13 +329,13 @@ def test_host_without_these_files_is_read_as_far_as_it_goes(clock, tmp_path):
 LINES = [
     # (line, device, what it tells); None: nothing at all
     ("NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.",
-     "gpu0", 79),
+     "pci:0000:3b:00", 79),
     ("NVRM: Xid (PCI:0000:CB:00): 13, pid=2131, name=python3, Graphics SM Warp Exception on (GPC 7",
      "pci:0000:cb:00", 13),
     ("NVRM: Xid (PCI:0000:3b:00): 95, Uncontained: LTC TAG (0x2,0x0). RST: Yes, D-RST: No",
-     "gpu0", 95),
+     "pci:0000:3b:00", 95),
     ("NVRM: GPU at PCI:0000:3b:00: GPU-5d3f9c", None, None),
-    ("NVRM: GPU at 0000:3b:00.0 has fallen off the bus.", "gpu0", "gpu_lost"),
+    ("NVRM: GPU at 0000:3b:00.0 has fallen off the bus.", "pci:0000:3b:00", "gpu_lost"),
     ("amdgpu 0000:c3:00.0: amdgpu: GPU reset begin!", "pci:0000:c3:00", "gpu_reset"),
     ("amdgpu 0000:c3:00.0: amdgpu: 2 uncorrectable hardware errors detected in umc block",
      "pci:0000:c3:00", "gpu_memory"),
@@ -356,7 +356,7 @@ LINES = [
 
 @pytest.mark.parametrize(("line", "device", "tells"), LINES)
 def test_line_of_the_kernel_log_is_understood(line, device, tells):
-    found = LogParser({"0000:3b:00": "gpu0"}).parse([line])
+    found = LogParser().parse([line])
     if device is None:
         assert found == {}
     elif isinstance(tells, int):
@@ -378,16 +378,16 @@ def test_lost_gpu_that_is_told_in_three_lines_is_found():
 def test_log_is_read_from_now_on(clock, tmp_path):
     log = tmp_path / "kmsg"
     log.write_text("4,1,1,-;NVRM: Xid (PCI:0000:3b:00): 79, pid=1\n")
-    source = KernelLogSource("h", clock, {"0000:3b:00": "gpu0"}, log)
+    source = KernelLogSource("h", clock, log)
     assert source.read() == []
     with log.open("a") as file:
         file.write("4,2,2,-;NVRM: Xid (PCI:0000:3b:00): 48, pid=1\n SUBSYSTEM=pci\n")
         file.write("6,3,3,-;mlx5_core 0000:5e:00.0 eth2: Link down\n")
     gpu, host = source.read()
-    assert (gpu.device, gpu.xids, gpu.kernel_faults) == ("gpu0", (48,), ())
+    assert (gpu.device, gpu.xids, gpu.kernel_faults) == ("pci:0000:3b:00", (48,), ())
     assert (host.device, host.xids, host.kernel_faults) == ("", (), ("link_down",))
     source.close()
-    assert HealthWatch().observe([gpu])["h", "gpu0"].action is Action.MIGRATE
+    assert HealthWatch().observe([gpu])["h", gpu.device].action is Action.MIGRATE
 
 
 def test_log_that_may_not_be_read_says_what_to_do(clock, tmp_path, monkeypatch):

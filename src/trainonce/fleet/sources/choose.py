@@ -6,51 +6,48 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainonce.errors import ConfigError, SourceError
+from trainonce.errors import SourceError
 from trainonce.fleet.sources.amd import AmdSource
 from trainonce.fleet.sources.dcgm import DcgmSource
 from trainonce.fleet.sources.follow import FollowedSource
 from trainonce.fleet.sources.host import HostSource
 from trainonce.fleet.sources.kernel_log import KernelLogSource
 from trainonce.fleet.sources.nvml import NvmlSource
+from trainonce.fleet.sources.words import AUTO, check
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from trainonce.clock import Clock
     from trainonce.fleet.signals import Source
 
-_AUTO = ("nvml", "amd", "host", "kernel-log")
-HINT = "auto, none, nvml, amd, host, kernel-log, dcgm:URL or file:PATH, with commas"
-
 
 @dataclass(kw_only=True)
 class Sources:
-    """What can be read, and why the rest cannot."""
+    """What can be read, and why the rest cannot.
+
+    Args:
+        sources: To read.
+        missing: Word or name of a source -> why it cannot be read.
+        pci: PCI address -> device.
+    """
 
     sources: list[Source] = field(default_factory=lambda: [])
     missing: dict[str, str] = field(default_factory=lambda: {})
+    pci: dict[str, str] = field(default_factory=lambda: {})
 
-
-def check(words: Iterable[str]) -> None:
-    """Check the words without opening anything.
-
-    Raises:
-        ConfigError: One of them names no source.
-    """
-    for word in words:
-        kind, colon, rest = word.partition(":")
-        plain = word in (*_AUTO, "auto", "none")
-        if plain or (kind in ("dcgm", "file") and colon and rest):
-            continue
-        raise ConfigError(f"{word!r} is no source of health signals", hint=HINT)
+    def close(self) -> None:
+        """Close what wants it."""
+        for source in self.sources:
+            if isinstance(source, KernelLogSource):
+                source.close()
 
 
 def open_sources(words: Sequence[str], *, host: str, clock: Clock, disk: Path) -> Sources:
     """Open the sources that `words` name; what cannot be read here is said, and left out.
 
     Args:
-        words: As in `HINT`.
+        words: As in `trainonce.fleet.sources.words.HINT`.
         host: Name of this host.
         clock: Stamps the readings.
         disk: A path on the disk that matters.
@@ -59,26 +56,25 @@ def open_sources(words: Sequence[str], *, host: str, clock: Clock, disk: Path) -
         ConfigError: A word names no source.
     """
     check(words)
-    chosen = [each for word in words for each in (_AUTO if word == "auto" else (word,))]
+    chosen = [each for word in words for each in (AUTO if word == "auto" else (word,))]
     found = Sources()
-    pci: dict[str, str] = {}
     for word in dict.fromkeys(chosen):
         kind, _, rest = word.partition(":")
         try:
             if kind == "nvml":
                 nvml = NvmlSource(host, clock)
-                pci = nvml.pci_devices()
+                found.pci |= nvml.pci_devices()
                 found.sources.append(nvml)
             elif kind == "amd":
                 found.sources.append(AmdSource(host, clock))
             elif kind == "host":
                 found.sources.append(HostSource(host, clock, disk))
             elif kind == "kernel-log":
-                found.sources.append(KernelLogSource(host, clock, pci))
+                found.sources.append(KernelLogSource(host, clock))
             elif kind == "dcgm":
                 found.sources.append(DcgmSource(rest, host, clock))
             elif kind == "file":
                 found.sources.append(FollowedSource(Path(rest)))
         except SourceError as error:
-            found.missing[word] = str(error)
+            found.missing[word] = error.message
     return found

@@ -8,7 +8,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import ConfigError, SourceError
-from trainonce.fleet.signals import MAX_NAME_CHARS, Reading
+from trainonce.fleet.signals import MAX_NAME_CHARS, Reading, pci_address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +45,10 @@ _THERMAL, _BRAKE = 0x40, 0x80
 _INTEGERS = {name for name in _GAUGES.values() if not name.endswith("_c")}
 
 
-def parse_metrics(text: str) -> dict[str, dict[str, float]]:
+def parse_metrics(text: str, pci: dict[str, str] | None = None) -> dict[str, dict[str, float]]:
     """Return metric to value by device ("gpu0") in what an exporter shows.
+
+    Devices whose PCI address it tells are added to `pci`.
 
     Lines that are none of the text format, and values that are no number, are passed over: one
     bad metric must not hide the others.
@@ -67,6 +69,8 @@ def parse_metrics(text: str) -> dict[str, dict[str, float]]:
             continue
         if f"gpu{index}" in found or len(found) < _MAX_DEVICES:
             found.setdefault(f"gpu{int(index)}", {})[match["name"]] = value
+            if pci is not None and "pci_bus_id" in labels:
+                pci[pci_address(labels["pci_bus_id"])] = f"gpu{int(index)}"
     return found
 
 
@@ -99,6 +103,7 @@ class DcgmSource:
         self._last_xid: dict[str, int] = {}
         self._throttled_s: dict[str, list[float]] = {}
         self._last_s: float | None = None
+        self.pci: dict[str, str] = {}
 
     def read(self) -> Sequence[Reading]:
         """Return one reading of each device.
@@ -117,7 +122,7 @@ class DcgmSource:
                 device=device,
                 **self._fields(device, metrics, since_s),
             )
-            for device, metrics in sorted(parse_metrics(text).items())
+            for device, metrics in sorted(parse_metrics(text, self.pci).items())
         ]
 
     def _fetch(self) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainonce.errors import SourceError
-from trainonce.fleet.signals import Reading
+from trainonce.fleet.signals import Reading, pci_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from trainonce.clock import Clock
 
@@ -47,13 +47,10 @@ _LOST_END = re.compile(r"NVRM: fallen off the bus", re.IGNORECASE)
 class LogParser:
     """Takes lines of the kernel log in, and collects what they tell of each device.
 
-    Args:
-        devices: Device by PCI address ("0000:3b:00"). An address that is not in it makes a device
-            of its own ("pci:0000:3b:00"), so that nothing is laid at another's door.
+    A device is named by its address: "pci:0000:3b:00".
     """
 
-    def __init__(self, devices: Mapping[str, str] | None = None) -> None:
-        self._devices = devices or {}
+    def __init__(self) -> None:
         self._losing = ""
 
     def parse(self, lines: Iterable[str]) -> dict[str, tuple[list[int], list[str]]]:
@@ -61,10 +58,10 @@ class LogParser:
         found: dict[str, tuple[list[int], list[str]]] = {}
         for line in lines:
             if match := _XID.search(line):
-                found.setdefault(self._device(match["pci"]), ([], []))[0].append(int(match["xid"]))
+                found.setdefault(_device(match["pci"]), ([], []))[0].append(int(match["xid"]))
                 continue
             if match := _LOST_BEGIN.search(line):
-                self._losing = self._device(match["pci"])
+                self._losing = _device(match["pci"])
                 continue
             if self._losing and _LOST_END.search(line):
                 found.setdefault(self._losing, ([], []))[1].append("gpu_lost")
@@ -75,16 +72,14 @@ class LogParser:
             for name, pattern in FAULTS:
                 if match := pattern.search(line):
                     pci = match.groupdict().get("pci")
-                    device = self._device(pci) if pci and name.startswith("gpu") else ""
+                    device = _device(pci) if pci and name.startswith("gpu") else ""
                     found.setdefault(device, ([], []))[1].append(name)
                     break
         return found
 
-    def _device(self, pci: str) -> str:
-        address = pci.lower()
-        domain, _, rest = address.partition(":")
-        address = f"{domain[-4:]}:{rest}"
-        return self._devices.get(address, f"pci:{address}")
+
+def _device(pci: str) -> str:
+    return f"pci:{pci_address(pci)}"
 
 
 class KernelLogSource:
@@ -93,7 +88,6 @@ class KernelLogSource:
     Args:
         host: Name of this host.
         clock: Stamps the readings.
-        devices: Device by PCI address, see `LogParser`.
         path: The log.
 
     Raises:
@@ -106,12 +100,11 @@ class KernelLogSource:
         self,
         host: str,
         clock: Clock,
-        devices: Mapping[str, str] | None = None,
         path: Path = Path("/dev/kmsg"),
     ) -> None:
         self._host = host
         self._clock = clock
-        self._parser = LogParser(devices)
+        self._parser = LogParser()
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             os.lseek(self._fd, 0, os.SEEK_END)

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import SourceError
-from trainonce.fleet.signals import Reading
+from trainonce.fleet.signals import Reading, pci_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,8 +80,7 @@ class NvmlSource:
             if info is None:
                 continue
             bus = info.busId.decode() if isinstance(info.busId, bytes) else str(info.busId)
-            domain, _, rest = bus.lower().partition(":")
-            found[f"{domain[-4:]}:{rest.partition('.')[0]}"] = f"gpu{index}"
+            found[pci_address(bus)] = f"gpu{index}"
         return found
 
     def _read_device(self, index: int, handle: Any, since_s: float) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Run:
             fabric=self._fabric,
             notify=notify,
         )
-        self._runner.user_state = self.state  # one mapping, two views
+        self._runner.local.user = self.state  # one mapping, two views
         self._generation: Generation | None = None
         self._announced = threading.Event()
         self._exit = threading.Event()
@@ -319,7 +319,7 @@ class Run:
         if found is None:
             return 0
         commits, payload = found
-        self._runner.restore_record(payload)
+        self._runner.restore_record(payload, commits)
         return commits
 
     def _compare_layouts(self, layout: list[str]) -> None:

@@ -6,6 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from trainonce.controller import launch, options
+from trainonce.errors import LedgerError
+from trainonce.events import BudgetCrossed
 from trainonce.ledger.store import Ledger
 
 if TYPE_CHECKING:
@@ -18,4 +20,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the job and return its exit code."""
     chosen = options.from_args(args)
     with contextlib.closing(Ledger.open()) as ledger:
-        return launch.run_job(chosen, ledger)
+        crossed: list[BudgetCrossed] = []
+        if chosen.job and chosen.economics.budgets:
+            # An id that ran before: what was told then is not told again.
+            with contextlib.suppress(LedgerError):
+                found = ledger.events(chosen.job, BudgetCrossed.kind)
+                crossed = [event for event in found if isinstance(event, BudgetCrossed)]
+        return launch.run_job(chosen, ledger, crossed=crossed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import signal
@@ -15,6 +16,8 @@ from trainonce.controller.policy import HangLimits
 from trainonce.errors import ConfigError
 from trainonce.fleet.feed import HealthSettings
 from trainonce.fleet.sources.words import HINT
+from trainonce.ledger import prices
+from trainonce.ledger.prices import BudgetSettings, EconomicsSettings
 from trainonce.wire.faults import parse_plan
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class RunOptions:
         signals: Signals that end the job cleanly.
         notices: What to tell the user about these options, at the start.
         health: Which health signals are read, and what may follow.
+        economics: Prices and budgets.
+        stop_at_budget: Write a checkpoint and end when a budget is used up.
     """
 
     script: str
@@ -79,6 +84,8 @@ class RunOptions:
     signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     notices: tuple[str, ...] = ()
     health: HealthSettings = field(default_factory=HealthSettings)
+    economics: EconomicsSettings = field(default_factory=EconomicsSettings)
+    stop_at_budget: bool = False
 
     def __post_init__(self) -> None:
         if self.nproc < 1:
@@ -164,6 +171,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--grace-s", type=float, default=None, help="time to end cleanly after SIGTERM (30)")
     option("--health", default=None, metavar="SOURCES", help=f"health signals to act on: {HINT}")
     option("--health-every-s", type=float, default=None, help="time between two readings (10)")
+    option("--max-cost-usd", type=float, default=None, help="alert at 50, 80 and 100 % of it")
+    option("--max-energy-kwh", type=float, default=None, help="the same for energy")
+    option("--max-gpu-hours", type=float, default=None, help="the same for time on devices")
+    option("--budget-webhook", default="", metavar="URL", help="gets these alerts as JSON")
+    flag("--stop-at-budget", help="write a checkpoint and end when a budget is used up")
     option("--job-id", default="", help="id of the job; made up by default")
     option("--resume", default="", metavar="JOB", help="start from the checkpoint of this job")
     option("--max-restarts", type=int, default=None, help="restarts of all ranks (see the docs)")
@@ -246,6 +258,8 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         signals=_signals(args.signals_to_handle),
         notices=tuple(_notices(args)),
         health=_health(args),
+        economics=_economics(args),
+        stop_at_budget=args.stop_at_budget,
     )
 
 
@@ -261,6 +275,29 @@ def _health(args: argparse.Namespace) -> HealthSettings:
     if args.health_every_s is not None:
         values["every_s"] = args.health_every_s
     return settings.make(HealthSettings, values, "health")
+
+
+def _economics(args: argparse.Namespace) -> EconomicsSettings:
+    """Return prices and budgets of settings.toml, and the budgets that the options add."""
+    economics = prices.load(settings.home())
+    asked = [
+        BudgetSettings(
+            name=f"--max-{metric.replace('_', '-')}",
+            metric=metric,
+            limit=getattr(args, f"max_{metric}"),
+            webhook=args.budget_webhook,
+        )
+        for metric in BudgetSettings.METRICS
+        if getattr(args, f"max_{metric}") is not None
+    ]
+    economics = dataclasses.replace(economics, budgets=(*economics.budgets, *asked))
+    project = economics.prices_of(settings.PROJECT.get() or "default")
+    if args.max_cost_usd is not None and project.usd_per_gpu_hour is None:
+        raise ConfigError(
+            "--max-cost-usd, and no price is set",
+            hint=f"write usd_per_gpu_hour under [economics] in {settings.home()}/settings.toml",
+        )
+    return economics
 
 
 def num_ranks(nproc_per_node: str) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trainonce.controller.control_socket import Client, ControlServer
+    from trainonce.controller.costs import Costs
     from trainonce.controller.job import Job, WorkerHandle
     from trainonce.controller.live import LiveView
     from trainonce.fleet.feed import Feed, HealthSettings
@@ -56,6 +57,7 @@ class Supervisor:
         self.watch = Watch(job, self.recovery)
         self.chaos = Chaos(job, self.recovery, self.migration)
         self.health = Health(job, self.migration, *health) if health is not None else None
+        self.costs: Costs | None = None
         self._live = live
         self._control = control
         self._signals: socket.socket | None = None
@@ -130,6 +132,8 @@ class Supervisor:
         )
         if self.health is not None:
             self.health.start()
+        if self.costs is not None:
+            self.costs.start()
 
     def step_once(self, timeout_s: float) -> None:
         """Wait at most `timeout_s` for something to happen, and act on it."""
@@ -155,6 +159,8 @@ class Supervisor:
             self.migration.advance()
             if self.health is not None:
                 self.health.look()
+            if self.costs is not None:
+                self.costs.look()
             if self._live is not None:
                 self._live.show(self.watch.snapshot)
         self.chaos.look()
@@ -171,6 +177,8 @@ class Supervisor:
                 handle.process.reap()
             job.forget(handle)
         job.drop_mirrors()
+        if self.costs is not None:
+            self.costs.finish()
         if job.exit_code is not None:
             self.watch.record_progress()
             job.record(
@@ -179,6 +187,8 @@ class Supervisor:
                     reason=job.reason,
                 )
             )  # fmt: skip
+        if self.costs is not None:
+            self.costs.close()
         if self._control is not None:
             self._control.close()
         job.selector.close()

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from trainonce import settings
 from trainonce.errors import ConfigError, StateMismatchError
-from trainonce.wire.messages import Done, Failed
+from trainonce.events import LeverApplied
+from trainonce.wire.messages import Done, Failed, Report
 from trainonce.wire.progress import Phase, Progress
 from trainonce.worker import spare
 from trainonce.worker.data import StatefulLoader, adapt_loader
@@ -194,6 +195,23 @@ class Run:
     def count(self, *, tokens: int = 0, flops: int = 0) -> None:
         """Say how much the present step processes on this rank, for the progress line."""
         self._runner.count(tokens, flops)
+
+    def expect_saving(self, lever: str, share: float, *, basis: str) -> None:
+        """Say that a lever is on, for the report: what it is *expected* to save.
+
+        Args:
+            lever: Its name.
+            share: Share of the job's compute, at least 0 and below 1.
+            basis: Where the expectation comes from, such as a result of `trainonce bench levers`.
+
+        Raises:
+            ConfigError: `share` is none.
+        """
+        if not 0.0 <= share < 1.0:
+            raise ConfigError(f"share is {share!r}", hint="give at least 0 and less than 1")
+        if self._link is not None and self._promotion.done and self._promotion.rank == 0:
+            event = LeverApplied(lever=lever, expected_share=float(share), basis=basis)
+            self._link.send(Report(event=event.to_record()))
 
     def dataloader(
         self, dataset: Dataset[Any], batch_size: int = 1, shuffle: bool = False, **options: Any

@@ -27,6 +27,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 data = torch.utils.data.TensorDataset(torch.randn(64, 8), torch.randn(64, 1))
 loader = run.dataloader(data, batch_size=4, shuffle=True)
 run.protect(model=model, optimizer=optimizer, loader=loader)
+run.expect_saving("precision", 0.25, basis="a bench of ours")
 
 
 def heat(step):

@@ -36,6 +36,12 @@ def test_rank_on_a_device_that_grows_hot_is_moved_before_it_dies(healthy, tmp_pa
     changed = [event for event in job.events if event.kind == "health_changed"]
     assert ("worker1", "migrate", [1]) in [(e.device, e.action, e.ranks) for e in changed]
     job.assert_same_state(healthy)
+    (lever,) = [event for event in healthy.events if event.kind == "lever_applied"]
+    assert (lever.lever, lever.expected_share, lever.basis) == (
+        "precision",
+        0.25,
+        "a bench of ours",
+    )
 
 
 @pytest.mark.slow

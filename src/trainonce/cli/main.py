@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "migrate": ("trainonce.cli.migrate", "move a rank to a spare while the job trains"),
     "drain": ("trainonce.cli.drain", "empty a host or a device while the jobs on it train"),
     "report": ("trainonce.cli.report", "incidents, guarantee, time, money and energy of jobs"),
-    "fleet": ("trainonce.cli.fleet", "faulty links of the network, and clocks of the hosts"),
+    "fleet": ("trainonce.cli.fleet", "health, links and clocks of hosts; an agent and a collector"),
     "bench": ("trainonce.cli.bench", "what levers save at equal quality, measured here"),
     "simulate": ("trainonce.cli.simulate", "what failures cost a cluster, in simulated time"),
     "graph": ("trainonce.cli.graph", "what the store holds, why nodes hit or miss, upkeep"),

@@ -17,6 +17,7 @@
     ├── StudyPausedError (RuntimeError)     a study of levers was stopped between two runs, as asked
     ├── ProbeError (RuntimeError)           a probe of a training run cannot give an answer
     ├── BudgetSpentError (RuntimeError)     a budget was used up before anything could run
+    ├── SourceError (OSError)               a source of health signals that cannot be read here
     ├── JobNotFoundError (LookupError)      no such job, or it no longer runs
     ├── GraphError (RuntimeError)           a node of the graph cannot be built or evaluated
     │   ├── UnhashableError (TypeError)     a value that has no digest; `path` says where it sits
@@ -112,6 +113,10 @@ class ProbeError(TrainOnceError, RuntimeError):
 
 class BudgetSpentError(TrainOnceError, RuntimeError):
     """A budget was used up before anything could run."""
+
+
+class SourceError(TrainOnceError, OSError):
+    """A source of health signals cannot be read on this host."""
 
 
 class JobNotFoundError(TrainOnceError, LookupError):

@@ -82,7 +82,7 @@ class Incident(Event):
             "migration", "launcher".
         detail: One phrase: "SIGKILL", "exit code 1", "no progress for 12.0 s".
         detected_by: "process exit", "progress", "stopped process", "collective", "request",
-            "digest".
+            "digest", "health", "drain".
         served_by: "migration", "rebuild", "shadow", "reform", "mirror", "checkpoint",
             "restart", "repair" or "none" where the job ended.
         planned: A move that was asked for.
@@ -147,6 +147,26 @@ class ProgressMade(Event):
     spares_ready: int
     step_s: float
     loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthChanged(Event):
+    """The verdict on a device or a host has changed.
+
+    Args:
+        host: Whose.
+        device: "gpu3", or "" for the host itself.
+        action: "none", "note", "suspect" or "migrate".
+        reasons: The most urgent first.
+        ranks: Ranks of the job on that device.
+    """
+
+    kind: ClassVar[str] = "health_changed"
+    host: str
+    device: str
+    action: str
+    reasons: list[str]
+    ranks: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +285,7 @@ _KINDS: dict[str, type[Event]] = {
     for cls in (
         JobStarted, JobEnded, GenerationFormed, Incident, FaultInjected, ProgressMade,
         SpareParked, CheckpointSaved, CheckpointSkipped, ReplicasDiffer, ValueLost,
-        ComputeSaved, EnergyUsed, LeverApplied, BudgetCrossed,
+        ComputeSaved, EnergyUsed, LeverApplied, BudgetCrossed, HealthChanged,
     )
 }  # fmt: skip
 

@@ -4,9 +4,16 @@ Each component owns one frozen dataclass for its own settings; this module holds
 than one of them reads.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import os
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from trainonce.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -48,3 +55,48 @@ ALL = (
 def home() -> Path:
     """Return the folder of ledger, checkpoints and logs. It may not exist yet."""
     return Path(HOME.get() or Path.home() / ".trainonce").expanduser()
+
+
+def read_file(folder: Path) -> dict[str, Any]:
+    """Return what `folder`/settings.toml holds; nothing where there is none.
+
+    Raises:
+        ConfigError: It cannot be read, or is no TOML.
+    """
+    path = folder / "settings.toml"
+    try:
+        return tomllib.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def table(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the table `name` in `values`; an empty one where there is none.
+
+    Raises:
+        ConfigError: It is no table.
+    """
+    found = values.get(name, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name!r} in settings.toml is {found!r}", hint=f"write [{name}]")
+    return found
+
+
+def make(cls: type[Any], values: dict[str, Any], where: str) -> Any:
+    """Return the settings `cls` made of the table `where`.
+
+    Raises:
+        ConfigError: A name is unknown, or a value cannot be used.
+    """
+    allowed = [one.name for one in dataclasses.fields(cls)]
+    for name in values:
+        if name not in allowed:
+            raise ConfigError(
+                f"unknown setting {name!r} in [{where}]", hint="one of " + ", ".join(allowed)
+            )
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"[{where}] in settings.toml: {error}") from error

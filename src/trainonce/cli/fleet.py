@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainonce.fleet.clocks.probe import ClockProbeSettings
 from trainonce.fleet.links.probe import ProbeSettings
+from trainonce.fleet.sources.words import HINT
 
 if TYPE_CHECKING:
     import argparse
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 # What -> (module that does it, one line of help). A module offers `run(args) -> int`; it is
 # imported only when it is called, since probing should not wait for scipy to load.
 _PARTS = {
+    "health": ("trainonce.cli.fleet_health", "what can be read of this host, and its verdicts"),
+    "agent": ("trainonce.cli.fleet_agent", "report this host's health to a collector"),
+    "collector": ("trainonce.cli.fleet_collector", "take reports, and show them to Prometheus"),
     "probe": ("trainonce.cli.fleet_probe", "measure paths and loss, together with the other hosts"),
     "links": ("trainonce.cli.fleet_links", "name the faulty links and switches"),
     "clock-probe": ("trainonce.cli.fleet_clock_probe", "probe clocks, with the other hosts"),
@@ -27,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parts = parser.add_subparsers(dest="fleet_part", metavar="WHAT", required=True)
     declare = {
+        "health": _add_health,
+        "agent": _add_agent,
+        "collector": _add_collector,
         "probe": _add_probe,
         "links": _add_links,
         "clock-probe": _add_clock_probe,
@@ -57,6 +65,31 @@ _CLOCK_PROBE: _Options = (
     ("pairs_per_s", float, "probe pairs to each peer a second, at most"),
     ("wait_s", float, "how long peers are waited for, seconds"),
 )
+
+
+def _add_health(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sources", default="auto", help=HINT)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_agent(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("collector", metavar="URL", help="such as https://collector:9420")
+    parser.add_argument("--host", default=socket.gethostname(), help="this host's name")
+    parser.add_argument("--sources", default="auto", help=HINT)
+    parser.add_argument("--every-s", type=float, default=10.0, help="between two reports (10)")
+    parser.add_argument("--token-file", type=Path, help="the collector's token; not on loopback")
+    parser.add_argument("--tls-ca", type=Path, help="certificate of a collector that made its own")
+
+
+def _add_collector(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--listen", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=9420, help="0 takes a free one (9420)")
+    parser.add_argument("--token-file", type=Path, help="token to ask for; needed beyond loopback")
+    parser.add_argument("--tls-cert", type=Path, help="certificate, for HTTPS")
+    parser.add_argument("--tls-key", type=Path, help="its key")
+    parser.add_argument(
+        "--stale-s", type=float, default=60.0, help="a host that is silent for so long is down (60)"
+    )
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""How `trainonce ps` and `trainonce migrate` reach a running launcher.
+"""How `trainonce ps`, `migrate` and `drain` reach a running launcher.
 
 An abstract Unix socket: it vanishes with the launcher, whatever kills it. Both sides check
 that the other belongs to the same user. Requests and answers are one line of JSON each.
@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainonce.controller.drain import Drain
 from trainonce.errors import ConfigError, JobNotFoundError, WireError
 from trainonce.wire.progress import Phase
 
@@ -142,6 +143,14 @@ def serve(supervisor: Supervisor, client: Client, request: dict[str, Any]) -> No
         client.answer(True, **status(supervisor))
     elif request.get("op") == "migrate" and isinstance(rank, int):
         supervisor.migration.request(rank, lambda ok, text: client.answer(ok, text=text))
+    elif request.get("op") == "drain" and isinstance(request.get("host"), str):
+        drain = Drain(
+            supervisor,
+            request["host"],
+            str(request.get("device", "")),
+            checkpoint=request.get("checkpoint") is True,
+        )
+        drain.run(lambda ok, text: client.answer(ok, text=text))
     else:
         client.answer(False, text=f"unknown request {request.get('op')!r}")
 

@@ -206,9 +206,15 @@ def what_happened(event: Incident | OpenIncident) -> str:
         "exception": f"{who} {pids} raised {event.detail}",
         "hang": f"{who} {pids} hung: {event.detail}",
         "connection": f"the connection between the ranks broke ({event.detail})",
-        "migration": f"{who} {pids} moved on request",
+        "migration": f"{who} {pids} moved {_why_moved(event)}",
     }.get(event.cause, f"{who} {pids}: {event.cause}, {event.detail}")
     return f"{what} at step {event.step}"
+
+
+def _why_moved(event: Incident | OpenIncident) -> str:
+    if event.detected_by == "health":
+        return f"away from a device that will fail ({event.detail})"
+    return event.detail if event.detected_by == "request" else f"since {event.detail}"
 
 
 def _how_served(event: Incident) -> str:

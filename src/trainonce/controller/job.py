@@ -61,7 +61,10 @@ class Doom:
 
 @dataclass(kw_only=True, eq=False)
 class WorkerHandle:
-    """One worker as the launcher knows it. `rank` is -1 while it holds none."""
+    """One worker as the launcher knows it.
+
+    `rank` is -1 while it holds none; `device` is the PCI address of its GPU, empty for none.
+    """
 
     worker: int
     process: WorkerProcess
@@ -79,6 +82,12 @@ class WorkerHandle:
     ended: ExitStatus | None = None
     stopped_since_s: float | None = None
     promoted_s: float | None = None
+    device: str = ""
+
+    @property
+    def host(self) -> str:
+        """Name of the host it runs on."""
+        return self.process.host
 
     @property
     def pid(self) -> int:
@@ -137,6 +146,8 @@ class Job:
         self.reason = ""
         self.forming_since_s = clock.mono_s()
         self.on_incident: Callable[[Incident, str], None] | None = None
+        self.is_unfit: Callable[[WorkerHandle], bool] = lambda _: False
+        self.draining: list[Callable[[WorkerHandle], bool]] = []
         self._ledger = ledger
         self.store = store
         self.resume_from = ""
@@ -278,6 +289,7 @@ class Job:
                 where=handle.parked,
                 connected=handle.said_hello,
                 stopped=handle.process.is_stopped(),
+                fit=not (self.is_unfit(handle) or any(is_in(handle) for is_in in self.draining)),
             )
             for handle in self.spares()
         ]

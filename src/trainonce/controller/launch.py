@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from trainonce import settings
 from trainonce.clock import SystemClock
 from trainonce.controller.control_socket import ControlServer
+from trainonce.controller.costs import Costs, EnergyThread
 from trainonce.controller.job import Job
 from trainonce.controller.live import LiveView
 from trainonce.controller.logs import LogFiles
@@ -20,10 +21,15 @@ from trainonce.controller.store import TorchStore
 from trainonce.controller.supervisor import Supervisor
 from trainonce.engines.local import LocalEngine
 from trainonce.errors import ConfigError
+from trainonce.fleet.feed import open_for
+from trainonce.ledger.energy import open_meter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from trainonce.controller.job import Ledger
     from trainonce.controller.options import RunOptions
+    from trainonce.events import BudgetCrossed
 
 
 def new_job_id() -> str:
@@ -52,7 +58,7 @@ def resume_folder(options: RunOptions) -> str:
     )
 
 
-def run_job(options: RunOptions, ledger: Ledger) -> int:
+def run_job(options: RunOptions, ledger: Ledger, *, crossed: Iterable[BudgetCrossed] = ()) -> int:
     """Run one job on this host and return the exit code of `trainonce run`.
 
     Call it from the main thread of a process: it handles signals.
@@ -60,6 +66,7 @@ def run_job(options: RunOptions, ledger: Ledger) -> int:
     Args:
         options: What to run.
         ledger: Keeps the events.
+        crossed: Thresholds of budgets that an earlier part of this job has crossed.
 
     Raises:
         ConfigError: Options, script, port or folders cannot be used; nothing was started.
@@ -96,9 +103,31 @@ def run_job(options: RunOptions, ledger: Ledger) -> int:
         live.say(_first_line(options, job))
         for notice in options.notices:
             live.say(f"note: {notice}")
-        code = Supervisor(job, live=live, control=control).run()
+        feed = None
+        if not options.health.is_off:
+            feed = open_for(options.health, host=job.engine.host, clock=clock, disk=folder)
+        supervisor = Supervisor(
+            job, live=live, control=control, health=feed and (feed, options.health)
+        )
+        supervisor.costs = Costs(
+            job,
+            supervisor.ending,
+            economics=options.economics,
+            project=settings.PROJECT.get() or "default",
+            energy=EnergyThread(lambda: open_meter(_nvml_indices())),
+            crossed=crossed,
+        )
+        code = supervisor.run()
         live.say(_last_line(job, code))
         return code
+
+
+def _nvml_indices() -> list[int] | None:
+    """Return the devices that this job may use, in NVML's order; None for all of the host."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not all(part.strip().isdigit() for part in visible.split(",")):
+        return None
+    return [int(part) for part in visible.split(",")]
 
 
 def _first_line(options: RunOptions, job: Job) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from trainonce.events import Incident
 
 _LEAVE_S = 5.0
+# A worker that is started for a move may land on the very device that is to be left.
+_MAX_STARTS = 4
 
 
 @dataclass(eq=False)
@@ -24,7 +26,10 @@ class _Move:
     rank: int
     answer: Callable[[bool, str], None]
     chaos: bool
+    detail: str
+    detected_by: str
     worker: int = -1
+    started: int = 0
     served: bool = False
 
 
@@ -42,9 +47,14 @@ class Migration:
         self._moves: deque[_Move] = deque()
 
     def request(
-        self, rank: int, answer: Callable[[bool, str], None], *, chaos: bool = False
-    ) -> None:
-        """Move `rank` to a spare; `answer` is called once with success and a sentence."""
+        self, rank: int, answer: Callable[[bool, str], None], *, chaos: bool = False,
+        detail: str = "on request", detected_by: str = "request",
+    ) -> bool:  # fmt: skip
+        """Move `rank` to a spare; `answer` is called once with success and a sentence.
+
+        Returns:
+            Whether the move was accepted. It may still fail.
+        """
         job = self._job
         refusal = ""
         if not 0 <= rank < job.options.nproc:
@@ -59,9 +69,10 @@ class Migration:
             refusal = f"rank {rank} is being moved already"
         if refusal:
             answer(False, refusal)
-            return
-        self._moves.append(_Move(rank, answer, chaos))
+            return False
+        self._moves.append(_Move(rank, answer, chaos, detail, detected_by))
         self.advance()
+        return True
 
     def advance(self) -> None:
         """Begin the next move if the job is whole and a spare is parked."""
@@ -73,11 +84,12 @@ class Migration:
         if handle is None or handle.worker == move.worker or move.served:
             return
         statuses = job.spare_statuses()
-        parked = {status.worker for status in statuses if status.where}
+        parked = {status.worker for status in statuses if status.where and status.fit}
         if any(worker in parked for worker in rank_spares(statuses)):
             move.worker = handle.worker
             handle.send(Drain())
-        elif not any(not status.stopped for status in statuses):
+        elif move.started < _MAX_STARTS and not any(s.fit and not s.stopped for s in statuses):
+            move.started += 1
             job.say(f"moving rank {move.rank}: no spare is ready, starting a new worker")
             job.start_worker()
 
@@ -90,8 +102,8 @@ class Migration:
         move.served = True
         job.read_step()
         job.incidents.begin(
-            ranks=[move.rank], pids=[handle.pid], cause="migration", detail="on request",
-            detected_by="request", step=job.step, generation=job.membership.generation,
+            ranks=[move.rank], pids=[handle.pid], cause="migration", detail=move.detail,
+            detected_by=move.detected_by, step=job.step, generation=job.membership.generation,
             served_by="migration", planned=True, chaos=move.chaos,
         )  # fmt: skip
         job.membership = job.membership.lose([move.rank])

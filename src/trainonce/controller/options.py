@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import signal
@@ -10,8 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from trainonce import settings
 from trainonce.controller.policy import HangLimits
 from trainonce.errors import ConfigError
+from trainonce.fleet.feed import HealthSettings
+from trainonce.fleet.sources.words import HINT
+from trainonce.ledger import prices
+from trainonce.ledger.energy import open_meter
+from trainonce.ledger.prices import BudgetSettings, EconomicsSettings
 from trainonce.wire.faults import parse_plan
 
 if TYPE_CHECKING:
@@ -51,6 +58,8 @@ class RunOptions:
         virtual_local_rank: Each rank sees its own GPU as device 0.
         signals: Signals that end the job cleanly.
         notices: What to tell the user about these options, at the start.
+        health: Which health signals are read, and what may follow.
+        economics: Prices and budgets.
     """
 
     script: str
@@ -76,6 +85,8 @@ class RunOptions:
     virtual_local_rank: bool = False
     signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     notices: tuple[str, ...] = ()
+    health: HealthSettings = field(default_factory=HealthSettings)
+    economics: EconomicsSettings = field(default_factory=EconomicsSettings)
 
     def __post_init__(self) -> None:
         if self.nproc < 1:
@@ -146,6 +157,14 @@ class _FlagFromEnvironment(argparse.Action):
         setattr(namespace, self.dest, True)
 
 
+# Option after "--max-": metric of the budget, and its unit.
+_BUDGETS = {
+    "cost-usd": ("cost_usd", "USD"),
+    "kwh": ("energy_kwh", "kWh"),
+    "hours": ("hours", "hours by the clock"),
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every option of `trainonce run` to `parser`."""
 
@@ -163,6 +182,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--chaos", default="", metavar="PLAN", help='"kill rank=1 step=50 point=backward; …"')
     option("--hang-timeout-s", type=float, default=None, help="no progress for this long: a hang")
     option("--grace-s", type=float, default=None, help="time to end cleanly after SIGTERM (30)")
+    option("--health", default=None, metavar="SOURCES", help=f"health signals to act on: {HINT}")
+    option("--health-every-s", type=float, default=None, help="time between two readings (10)")
+    for name, (_metric, unit) in _BUDGETS.items():
+        option(
+            f"--max-{name}",
+            type=float,
+            metavar="X",
+            default=None,
+            help=f"{unit}: alerts at 50, 80, 100 % of it, then a clean, resumable stop",
+        )
+    option("--budget-webhook", default="", metavar="URL", help="gets these alerts as JSON")
     option("--job-id", default="", help="id of the job; made up by default")
     option("--resume", default="", metavar="JOB", help="start from the checkpoint of this job")
     option("--require-redundancy", type=int, default=0, metavar="N",
@@ -247,7 +277,48 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         virtual_local_rank=args.virtual_local_rank,
         signals=_signals(args.signals_to_handle),
         notices=tuple(_notices(args)),
+        health=_health(args),
+        economics=_economics(args),
     )
+
+
+def _health(args: argparse.Namespace) -> HealthSettings:
+    """Return the settings in [health] of settings.toml, with the options over them."""
+    values = dict(settings.table(settings.read_file(settings.home()), "health"))
+    if "sources" in values:
+        if not isinstance(values["sources"], list):
+            raise ConfigError(f"sources in [health] is {values['sources']!r}", hint='["auto"]')
+        values["sources"] = tuple(map(str, values["sources"]))
+    if args.health is not None:
+        values["sources"] = tuple(word.strip() for word in args.health.split(","))
+    if args.health_every_s is not None:
+        values["every_s"] = args.health_every_s
+    return settings.make(HealthSettings, values, "health")
+
+
+def _economics(args: argparse.Namespace) -> EconomicsSettings:
+    """Return prices and budgets of settings.toml, and the budgets that the options add."""
+    economics = prices.load(settings.home())
+    asked = [
+        BudgetSettings(
+            name=f"--max-{name}", metric=metric, limit=limit, webhook=args.budget_webhook, stop=True
+        )
+        for name, (metric, _unit) in _BUDGETS.items()
+        if (limit := getattr(args, f"max_{name.replace('-', '_')}")) is not None
+    ]
+    economics = dataclasses.replace(economics, budgets=(*economics.budgets, *asked))
+    project = economics.prices_of(settings.PROJECT.get() or "default")
+    if args.max_cost_usd is not None and project.usd_per_gpu_hour is None:
+        raise ConfigError(
+            "--max-cost-usd, and no price is set",
+            hint=f"write usd_per_gpu_hour under [economics] in {settings.home()}/settings.toml",
+        )
+    if args.max_kwh is not None and project.gpu_tdp_w is None and open_meter() is None:
+        raise ConfigError(
+            "--max-kwh, and nothing measures energy here",
+            hint=f"write gpu_tdp_w under [economics] in {settings.home()}/settings.toml",
+        )
+    return economics
 
 
 def num_ranks(nproc_per_node: str) -> int:

@@ -239,12 +239,14 @@ class SpareStatus:
         where: Where it is parked; empty while it starts.
         connected: It has said Hello, so it can be promoted.
         stopped: Its process was stopped by a signal.
+        fit: Nothing speaks against the device and the host it runs on.
     """
 
     worker: int
     where: str = ""
     connected: bool = False
     stopped: bool = False
+    fit: bool = True
 
 
 _BEST_PLACES = ("loop", "section")
@@ -257,5 +259,5 @@ def rank_spares(spares: Sequence[SpareStatus]) -> list[int]:
     in the script, or still on its way, has more to do.
     """
     able = [s for s in spares if s.connected and not s.stopped]
-    return [s.worker for s in sorted(able, key=lambda s: (s.where not in _BEST_PLACES, not s.where,
-                                                          s.worker))]  # fmt: skip
+    able.sort(key=lambda s: (not s.fit, s.where not in _BEST_PLACES, not s.where, s.worker))
+    return [s.worker for s in able]

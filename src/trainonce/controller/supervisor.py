@@ -17,6 +17,7 @@ from trainonce import settings
 from trainonce.controller import control_socket
 from trainonce.controller.chaos import Chaos
 from trainonce.controller.ending import Ending
+from trainonce.controller.health import Health
 from trainonce.controller.migration import Migration
 from trainonce.controller.recovery import Recovery
 from trainonce.controller.watch import Watch
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trainonce.controller.control_socket import Client, ControlServer
+    from trainonce.controller.costs import Costs
     from trainonce.controller.job import Job, WorkerHandle
     from trainonce.controller.live import LiveView
+    from trainonce.fleet.feed import Feed, HealthSettings
     from trainonce.wire.messages import Message
 
 
@@ -39,18 +42,22 @@ class Supervisor:
     Args:
         job: The job; owned, and closed at the end.
         live: Shows progress; None for silence.
-        control: Answers `trainonce ps` and `trainonce migrate`; None for neither.
+        control: Answers `trainonce ps`, `migrate` and `drain`; None for none.
+        health: What is read of this host, and what may follow; None for nothing.
     """
 
     def __init__(
-        self, job: Job, *, live: LiveView | None = None, control: ControlServer | None = None
-    ) -> None:
+        self, job: Job, *, live: LiveView | None = None, control: ControlServer | None = None,
+        health: tuple[Feed, HealthSettings] | None = None,
+    ) -> None:  # fmt: skip
         self.job = job
         self.ending = Ending(job)
         self.recovery = Recovery(job, self.ending)
         self.migration = Migration(job, self.recovery)
         self.watch = Watch(job, self.recovery)
         self.chaos = Chaos(job, self.recovery, self.migration)
+        self.health = Health(job, self.migration, *health) if health is not None else None
+        self.costs: Costs | None = None
         self._live = live
         self._control = control
         self._signals: socket.socket | None = None
@@ -124,6 +131,10 @@ class Supervisor:
                 resumed_from=job.resume_from,
             )
         )
+        if self.health is not None:
+            self.health.start()
+        if self.costs is not None:
+            self.costs.start()
 
     def step_once(self, timeout_s: float) -> None:
         """Wait at most `timeout_s` for something to happen, and act on it."""
@@ -147,6 +158,10 @@ class Supervisor:
         if self.watch.look():
             job.engine.maintain()
             self.migration.advance()
+            if self.health is not None:
+                self.health.look()
+            if self.costs is not None:
+                self.costs.look()
             if self._live is not None:
                 self._live.show(self.watch.snapshot)
         self.chaos.look()
@@ -155,6 +170,8 @@ class Supervisor:
         """Kill what is left, and release everything."""
         job = self.job
         self.migration.abandon("the job has ended")
+        if self.health is not None:
+            self.health.close()
         for handle in list(job.workers.values()):
             handle.process.signal_group(signal.SIGKILL)
             if not handle.fenced:
@@ -162,6 +179,8 @@ class Supervisor:
             job.forget(handle)
         job.drop_mirrors()
         job.drop_shadows()
+        if self.costs is not None:
+            self.costs.finish()
         if job.exit_code is not None:
             self.watch.record_progress()
             job.record(
@@ -170,6 +189,8 @@ class Supervisor:
                     reason=job.reason,
                 )
             )  # fmt: skip
+        if self.costs is not None:
+            self.costs.close()
         if self._control is not None:
             self._control.close()
         job.selector.close()
@@ -238,6 +259,7 @@ class Supervisor:
     def _on_hello(self, handle: WorkerHandle, message: messages.Hello) -> None:
         job = self.job
         handle.said_hello = True
+        handle.device = message.device
         handle.process.trust()
         first = not job.uses_trainonce
         job.uses_trainonce = True

@@ -58,6 +58,11 @@ class WorkerProcess(Protocol):
         ...
 
     @property
+    def host(self) -> str:
+        """Name of the host it runs on."""
+        ...
+
+    @property
     def channel(self) -> Channel:
         """The launcher's end of the control connection."""
         ...

@@ -60,6 +60,11 @@ class LocalProcess:
         return self._pid
 
     @property
+    def host(self) -> str:
+        """Name of this host."""
+        return socket.gethostname()
+
+    @property
     def channel(self) -> Channel:
         """The launcher's end of the control connection."""
         return self._channel

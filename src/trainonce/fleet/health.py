@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class HealthLimits:
         corrected_ecc_per_h: Corrected memory errors an hour.
         link_errors_per_h: NVLink errors or PCIe replays an hour.
         free_share: Free host memory or disk below which it is noted.
+        memory_stalled_share: Share of a minute in which all waited for memory that is noted.
     """
 
     window_s: float = 600.0
@@ -66,6 +67,7 @@ class HealthLimits:
     corrected_ecc_per_h: float = 1000.0
     link_errors_per_h: float = 100.0
     free_share: float = 0.02
+    memory_stalled_share: float = 0.2
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -79,7 +81,27 @@ class HealthLimits:
 XIDS_FATAL = frozenset({48, 62, 64, 79, 95, 119, 120, 136, 140, 143})
 XIDS_SUSPECT = frozenset({61, 63, 74, 92, 94, 109, 121, 137, 154})
 
-_RECOVERY = {1: "reset the GPU", 2: "reboot the node", 3: "drain it", 4: "drain and reset it"}
+_RECOVERY = {
+    1: "reset the GPU",
+    2: "reboot the node",
+    3: "drain it",
+    4: "drain and reset it",
+    5: "recover the IMEX domain",
+    6: "reset the bus",
+    7: "reboot the system",
+}
+# By the names that the kernel log's source gives them. An unknown name counts for nothing.
+_KERNEL_FAULTS = {
+    "gpu_lost": (Action.MIGRATE, "the kernel says that the GPU fell off the bus"),
+    "gpu_reset": (Action.SUSPECT, "the kernel has reset the GPU"),
+    "gpu_memory": (Action.SUSPECT, "the kernel tells of GPU memory errors"),
+    "machine_check": (Action.SUSPECT, "the processor reported a hardware error"),
+    "host_memory": (Action.SUSPECT, "the host's memory had an error that was not corrected"),
+    "pcie_fatal": (Action.SUSPECT, "a PCIe device reported an error that was not corrected"),
+    "link_down": (Action.NOTE, "a network port went down"),
+    "disk": (Action.NOTE, "a disk reported an error"),
+    "out_of_memory": (Action.NOTE, "the kernel killed a process for memory"),
+}
 # A rate needs some time to be one, and a temperature trend some readings.
 _MIN_RATE_S = 60.0
 _MIN_RAMP_READINGS = 6
@@ -106,15 +128,16 @@ def judge(history: Sequence[Reading], limits: HealthLimits | None = None) -> Ver
 
 
 def _vendor_advice(recent: Sequence[Reading], _: HealthLimits) -> list[_Finding]:
-    last = recent[-1]
     found: list[_Finding] = []
-    if last.recovery_action:
-        advice = _RECOVERY.get(last.recovery_action, f"action {last.recovery_action}")
+    if _latest(recent, "lost"):
+        found.append((Action.MIGRATE, "the driver has lost the device"))
+    if action := _latest(recent, "recovery_action"):
+        advice = _RECOVERY.get(action, f"action {action}")
         found.append((Action.MIGRATE, f"the driver advises to {advice}"))
-    if last.row_remap_failed:
-        found.append((Action.MIGRATE, f"{last.row_remap_failed} memory rows could not be remapped"))
-    if last.row_remap_pending:
-        found.append((Action.SUSPECT, f"{last.row_remap_pending} memory rows wait for a reset"))
+    if rows := _latest(recent, "row_remap_failed"):
+        found.append((Action.MIGRATE, f"{rows} memory rows could not be remapped"))
+    if rows := _latest(recent, "row_remap_pending"):
+        found.append((Action.SUSPECT, f"{rows} memory rows wait for a reset"))
     return found
 
 
@@ -128,6 +151,11 @@ def _driver_events(recent: Sequence[Reading], _: HealthLimits) -> list[_Finding]
         else:
             found.append((Action.NOTE, f"XID {xid} is a program's fault as a rule"))
     return found
+
+
+def _kernel_faults(recent: Sequence[Reading], _: HealthLimits) -> list[_Finding]:
+    seen = {name for reading in recent for name in reading.kernel_faults}
+    return [_KERNEL_FAULTS[name] for name in sorted(seen & set(_KERNEL_FAULTS))]
 
 
 def _counters(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
@@ -167,25 +195,26 @@ def _throttling(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findin
 def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
     """Too hot for a while, or rising steadily towards shutdown."""
     known = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]
-    last = recent[-1]
-    if not known or last.slowdown_c is None or last.temperature_c is None:
+    slowdown_c, shutdown_c = _latest(recent, "slowdown_c"), _latest(recent, "shutdown_c")
+    if not known or slowdown_c is None:
         return []
     times, degrees = np.array(known, dtype=np.float64).T
+    now_c = float(degrees[-1])
     lasting = degrees[times > times[-1] - limits.hot_s]
-    hot = lasting.min() >= last.slowdown_c and times[-1] - times[0] >= limits.hot_s
+    hot = lasting.min() >= slowdown_c and times[-1] - times[0] >= limits.hot_s
     found: list[_Finding] = []
     if hot:
         reason = f"{lasting.min():.0f} °C or more for {limits.hot_s:.0f} s"
-        found.append((Action.SUSPECT, f"{reason}, slowdown at {last.slowdown_c:.0f} °C"))
+        found.append((Action.SUSPECT, f"{reason}, slowdown at {slowdown_c:.0f} °C"))
     trend = times > times[-1] - limits.ramp_ahead_s
-    near = last.temperature_c >= last.slowdown_c - limits.ramp_near_c
-    if last.shutdown_c is None or not near or trend.sum() < _MIN_RAMP_READINGS:
+    near = now_c >= slowdown_c - limits.ramp_near_c
+    if shutdown_c is None or not near or trend.sum() < _MIN_RAMP_READINGS:
         return found
     rise = _rise_per_s(times[trend], degrees[trend])
-    ahead_s = (last.shutdown_c - last.temperature_c) / rise if rise > 0 else float("inf")
+    ahead_s = (shutdown_c - now_c) / rise if rise > 0 else float("inf")
     if ahead_s <= limits.ramp_ahead_s:
-        reason = f"{last.temperature_c:.0f} °C and rising {rise * 60:.1f} °C a minute"
-        found.append((Action.MIGRATE, f"{reason}: shutdown at {last.shutdown_c:.0f} °C is near"))
+        reason = f"{now_c:.0f} °C and rising {rise * 60:.1f} °C a minute"
+        found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
     return found
 
 
@@ -202,16 +231,27 @@ def _rise_per_s(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> flo
     if not (rose and rises):
         return 0.0
     i, j = np.triu_indices(len(times), k=1)
-    return float(np.median((degrees[j] - degrees[i]) / (times[j] - times[i])))
+    apart = times[j] > times[i]  # two sources may read at one instant
+    i, j = i[apart], j[apart]
+    return float(np.median((degrees[j] - degrees[i]) / (times[j] - times[i]))) if i.size else 0.0
 
 
 def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
-    last = recent[-1]
-    return [
-        (Action.NOTE, f"{share:.1%} of the host's {what} is free")
-        for share, what in ((last.memory_free_share, "memory"), (last.disk_free_share, "disk"))
-        if share is not None and share < limits.free_share
-    ]
+    found: list[_Finding] = []
+    for what in ("memory", "disk"):
+        share = _latest(recent, f"{what}_free_share")
+        if share is not None and share < limits.free_share:
+            found.append((Action.NOTE, f"{share:.1%} of the host's {what} is free"))
+    stalled = _latest(recent, "memory_stalled_share") or 0.0
+    if stalled > limits.memory_stalled_share:
+        found.append((Action.NOTE, f"all processes waited for memory {stalled:.0%} of a minute"))
+    return found
+
+
+def _latest(recent: Sequence[Reading], name: str) -> Any:
+    """Return the last value that is known: several sources may read one device in turn."""
+    values = (getattr(reading, name) for reading in reversed(recent))
+    return next((value for value in values if value is not None), None)
 
 
 def _gained(recent: Sequence[Reading], name: str) -> tuple[float, float]:
@@ -229,6 +269,7 @@ def _gained(recent: Sequence[Reading], name: str) -> tuple[float, float]:
 _RULES: tuple[Callable[[Sequence[Reading], HealthLimits], list[_Finding]], ...] = (
     _vendor_advice,
     _driver_events,
+    _kernel_faults,
     _temperature,
     _throttling,
     _counters,
@@ -257,7 +298,7 @@ class HealthWatch:
         for reading in readings:
             key = (reading.host, reading.device)
             history = self._history.setdefault(key, deque())
-            if history and reading.mono_s <= history[-1].mono_s:
+            if history and reading.mono_s < history[-1].mono_s:
                 continue
             history.append(reading)
             while reading.mono_s - history[0].mono_s > self._limits.window_s:

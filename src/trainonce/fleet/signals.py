@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+# Of what others send, no more is kept.
+MAX_NAME_CHARS = 128
+MAX_EVENTS = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -30,7 +34,10 @@ class Reading:
         shutdown_c: Where it switches off.
         throttled_thermal_s: Total time slowed by the hardware's thermal protection.
         throttled_brake_s: Total time slowed by the power brake.
-        recovery_action: NVML's advice: 0 none, 1 reset, 2 reboot, 3 drain, 4 drain and reset.
+        utilisation: Share of the time that the device was busy.
+        recovery_action: NVML's advice: 0 none, 1 reset, 2 reboot, 3 drain, 4 drain and reset, 5
+            recover the IMEX domain, 6 reset the bus, 7 reboot the system.
+        lost: 1 where the driver says that the device is gone.
         row_remap_failed: Memory rows that could not be replaced.
         row_remap_pending: Memory rows that are replaced at the next reset.
         ecc_uncorrected_total: Memory errors that could not be corrected.
@@ -39,8 +46,11 @@ class Reading:
         pcie_replays_total: Replays of PCIe.
         link_downed_total: How often an InfiniBand or Ethernet port went down.
         memory_free_share: Of the host.
+        memory_stalled_share: Of the last minute in which all processes waited for memory.
         disk_free_share: Of the disk that checkpoints go to.
         xids: Driver events since the reading before.
+        kernel_faults: What else the kernel log told since then: names in
+            `trainonce.fleet.sources.kernel_log.FAULTS`.
     """
 
     mono_s: float
@@ -51,7 +61,9 @@ class Reading:
     shutdown_c: float | None = None
     throttled_thermal_s: float | None = None
     throttled_brake_s: float | None = None
+    utilisation: float | None = None
     recovery_action: int | None = None
+    lost: int | None = None
     row_remap_failed: int | None = None
     row_remap_pending: int | None = None
     ecc_uncorrected_total: int | None = None
@@ -60,8 +72,10 @@ class Reading:
     pcie_replays_total: int | None = None
     link_downed_total: int | None = None
     memory_free_share: float | None = None
+    memory_stalled_share: float | None = None
     disk_free_share: float | None = None
     xids: tuple[int, ...] = ()
+    kernel_faults: tuple[str, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
         """Return what is known, as plain values."""
@@ -88,9 +102,11 @@ def from_record(record: object) -> Reading:
     values: dict[str, Any] = {}
     for name, value in record.items():
         if name in ("host", "device"):
-            values[name] = str(value)
+            values[name] = str(value)[:MAX_NAME_CHARS]
         elif name == "xids":
-            values[name] = tuple(int(each) for each in value)
+            values[name] = tuple(int(each) for each in value[:MAX_EVENTS])
+        elif name == "kernel_faults":
+            values[name] = tuple(str(each)[:80] for each in value[:MAX_EVENTS])
         elif value is None or isinstance(value, bool) or not isinstance(value, int | float):
             values[name] = None
         else:
@@ -100,8 +116,19 @@ def from_record(record: object) -> Reading:
     return Reading(**values)
 
 
+def pci_address(text: str) -> str:
+    """Return a PCI address in one spelling: "00000000:3B:00.0" is "0000:3b:00"."""
+    domain, _, rest = text.lower().partition(":")
+    return f"{domain[-4:]}:{rest.partition('.')[0]}"
+
+
 class Source(Protocol):
     """Where readings come from: a driver, an exporter, a recording, a script."""
+
+    @property
+    def name(self) -> str:
+        """What the source is called."""
+        ...
 
     def read(self) -> Sequence[Reading]:
         """Return one reading of each device and host that can be read now."""
@@ -114,6 +141,8 @@ class ScriptedSource:
     Args:
         batches: What each call of `read` returns.
     """
+
+    name = "scripted"
 
     def __init__(self, batches: Iterable[Sequence[Reading]]) -> None:
         self._batches = iter(batches)
@@ -132,6 +161,8 @@ class RecordedSource:
     Raises:
         ConfigError: The file cannot be read, or a line is no reading.
     """
+
+    name = "recorded"
 
     def __init__(self, path: Path) -> None:
         try:

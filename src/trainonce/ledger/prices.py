@@ -18,13 +18,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import math
-import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trainonce import settings
 from trainonce.errors import ConfigError
 from trainonce.ledger.carbon import carbon_g_per_kwh
 
@@ -114,11 +113,12 @@ class BudgetSettings:
 
     Args:
         name: Shown in alerts.
-        metric: "cost_usd", "energy_kwh" or "gpu_hours".
+        metric: "cost_usd", "energy_kwh", "gpu_hours" or "hours" by the clock.
         limit: In the metric's unit, for one job.
         thresholds: Shares of the limit at which an alert is due.
         project: Applies to this project tag; "" for all.
         webhook: URL that gets a POST for each alert; "" for none.
+        stop: Write a checkpoint and end the job when all of it is used up.
     """
 
     name: str
@@ -127,8 +127,9 @@ class BudgetSettings:
     thresholds: tuple[float, ...] = _THRESHOLDS
     project: str = ""
     webhook: str = ""
+    stop: bool = False
 
-    METRICS = ("cost_usd", "energy_kwh", "gpu_hours")
+    METRICS = ("cost_usd", "energy_kwh", "gpu_hours", "hours")
 
     def __post_init__(self) -> None:
         if self.metric not in self.METRICS:
@@ -163,32 +164,26 @@ def load(home: Path, flags: dict[str, Any] | None = None) -> EconomicsSettings:
     Raises:
         ConfigError: The file is no TOML, or a value cannot be used; names it.
     """
-    path = home / "settings.toml"
-    try:
-        table = tomllib.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        table: dict[str, Any] = {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+    values = settings.read_file(home)
     over = {name: value for name, value in (flags or {}).items() if value is not None}
-    economics = dict(_table(table, "economics"))
-    projects = _table(economics, "projects")
+    economics = dict(settings.table(values, "economics"))
+    projects = settings.table(economics, "projects")
     economics.pop("projects", None)
-    budgets: Any = table.get("budget", [])
+    budgets: Any = values.get("budget", [])
     if not isinstance(budgets, list):
         raise ConfigError(f"'budget' in settings.toml is {budgets!r}", hint="write [[budget]]")
     return EconomicsSettings(
-        prices=_make(Prices, {**economics, **over}, "economics"),
+        prices=settings.make(Prices, {**economics, **over}, "economics"),
         projects={
-            name: _make(
+            name: settings.make(
                 Prices,
-                {**economics, **_table(projects, name), **over},
+                {**economics, **settings.table(projects, name), **over},
                 f"economics.projects.{name}",
             )
             for name in projects
         },
-        contract=_make(Contract, _table(table, "contract"), "contract"),
-        budgets=tuple(_budget(values) for values in budgets),
+        contract=settings.make(Contract, settings.table(values, "contract"), "contract"),
+        budgets=tuple(_budget(each) for each in budgets),
     )
 
 
@@ -198,27 +193,7 @@ def _budget(values: Any) -> BudgetSettings:
     thresholds: Any = values.get("thresholds", list(_THRESHOLDS))
     if not isinstance(thresholds, list):
         raise ConfigError(f"thresholds is {thresholds!r}", hint="write [0.5, 0.8, 1.0]")
-    return _make(BudgetSettings, {**values, "thresholds": tuple(thresholds)}, "budget")
-
-
-def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
-    found = values.get(name, {})
-    if not isinstance(found, dict):
-        raise ConfigError(f"{name!r} in settings.toml is {found!r}", hint=f"write [{name}]")
-    return found
-
-
-def _make(cls: type[Any], values: dict[str, Any], where: str) -> Any:
-    allowed = [one.name for one in dataclasses.fields(cls)]
-    for name in values:
-        if name not in allowed:
-            raise ConfigError(
-                f"unknown setting {name!r} in [{where}]", hint="one of " + ", ".join(allowed)
-            )
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"[{where}] in settings.toml: {error}") from error
+    return settings.make(BudgetSettings, {**values, "thresholds": tuple(thresholds)}, "budget")
 
 
 def _require_number(name: str, value: Any, least: float) -> None:

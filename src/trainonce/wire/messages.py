@@ -26,12 +26,14 @@ class Hello:
         protocol: Version of these messages.
         preloadable: Whether torch was imported in the environment that the launcher gave: then
             workers forked from a process that did the same are no different.
+        device: PCI address of its GPU; empty for none.
     """
 
     worker: int
     pid: int
     protocol: int = 1
     preloadable: bool = False
+    device: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

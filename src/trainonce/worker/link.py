@@ -100,10 +100,15 @@ class Link:
                 hint=f"unset {settings.CONTROL_FD.name}, or start with `trainonce run`",
             ) from error
 
-    def start(self, listener: Listener) -> None:
-        """Say hello and begin to listen."""
+    def start(self, listener: Listener, *, device: str = "") -> None:
+        """Say hello and begin to listen; `device` is the PCI address of this process's GPU."""
         self.send(
-            Hello(worker=self.worker, pid=os.getpid(), preloadable=imports.torch_saw_environment())
+            Hello(
+                worker=self.worker,
+                pid=os.getpid(),
+                preloadable=imports.torch_saw_environment(),
+                device=device,
+            )
         )
         threading.Thread(
             target=self._listen, args=(listener,), name="trainonce-link", daemon=True

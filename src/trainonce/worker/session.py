@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from trainonce import settings
 from trainonce.errors import ConfigError, StateMismatchError
-from trainonce.wire.messages import Done, Failed, Note
+from trainonce.events import LeverApplied
+from trainonce.wire.messages import Done, Failed, Note, Report
 from trainonce.wire.progress import Phase, Progress
 from trainonce.worker import spare
 from trainonce.worker.data import StatefulLoader, adapt_loader
@@ -215,6 +216,23 @@ class Run:
         """
         self._runner.count(tokens, flops, peak_flops)
 
+    def expect_saving(self, lever: str, share: float, *, basis: str) -> None:
+        """Say that a lever is on, for the report: what it is *expected* to save.
+
+        Args:
+            lever: Its name.
+            share: Share of the job's compute, at least 0 and below 1.
+            basis: Where the expectation comes from, such as a result of `trainonce bench levers`.
+
+        Raises:
+            ConfigError: `share` is none.
+        """
+        if not 0.0 <= share < 1.0:
+            raise ConfigError(f"share is {share!r}", hint="give at least 0 and less than 1")
+        if self._link is not None and self._promotion.done and self._promotion.rank == 0:
+            event = LeverApplied(lever=lever, expected_share=float(share), basis=basis)
+            self._link.send(Report(event=event.to_record()))
+
     def dataloader(
         self, dataset: Dataset[Any], batch_size: int = 1, shuffle: bool = False, **options: Any
     ) -> ShardedLoader:
@@ -258,7 +276,7 @@ class Run:
             self._join_plainly()
             return
         _register_backend(self)
-        self._link.start(self)
+        self._link.start(self, device=_pci_address(self._device))
         if self._promotion.done:
             # The launcher answers with the membership; from there on we know the store.
             self._announced.wait()
@@ -558,6 +576,17 @@ def init(
 def current() -> Run | None:
     """Return the run of this process, if `init` was called."""
     return _current
+
+
+def _pci_address(device: torch.device) -> str:
+    """Return where a GPU sits, as health signals name it; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    found = torch.cuda.get_device_properties(device)
+    try:
+        return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}"
+    except AttributeError:  # an older torch: the launcher then cannot tell whose GPU is failing
+        return ""
 
 
 def _leave_plainly() -> None:

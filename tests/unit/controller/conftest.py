@@ -29,6 +29,8 @@ from trainonce.wire.progress import Progress
 
 
 class FakeProcess:
+    host = "here"
+
     """Both sides of a worker: the launcher's view, and what the test makes the worker do."""
 
     def __init__(self, worker, spec):

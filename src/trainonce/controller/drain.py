@@ -1,0 +1,87 @@
+"""Empties a host or a device for maintenance: every rank on it moves to a spare elsewhere."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainonce.controller.job import WorkerHandle
+    from trainonce.controller.supervisor import Supervisor
+
+
+class Drain:
+    """Moves what runs on a host, or on one device of it.
+
+    Args:
+        supervisor: Of the job.
+        host: Whose workers have to go.
+        device: Only those on this device ("gpu1", or "worker1" for one process); "" for all.
+        checkpoint: Where there is no other host to go to, write a checkpoint and end the job.
+    """
+
+    def __init__(
+        self, supervisor: Supervisor, host: str, device: str, *, checkpoint: bool = False
+    ) -> None:
+        self._supervisor = supervisor
+        self._job = supervisor.job
+        self._host = host
+        self._device = device
+        self._checkpoint = checkpoint
+        self._failed: list[str] = []
+        self._open = 0
+
+    def run(self, answer: Callable[[bool, str], None]) -> None:
+        """Begin; `answer` is called once, with success and a sentence."""
+        job = self._job
+        place = f"{self._device} of {self._host}" if self._device else self._host
+        if not any(handle.host == self._host for handle in job.workers.values()):
+            hosts = ", ".join(sorted({handle.host for handle in job.workers.values()}))
+            answer(False, f"no worker of job {job.id} runs on {self._host}: they run on {hosts}")
+            return
+        ranks = [handle.rank for handle in job.ranked() if self._is_there(handle)]
+        if not self._device and self._checkpoint:
+            self._supervisor.ending.stop(signal.SIGTERM)
+            answer(True, f"job {job.id} writes a checkpoint and ends; go on with --resume {job.id}")
+            return
+        if not self._device and not self._elsewhere():
+            answer(
+                False,
+                f"all workers of job {job.id} run on {self._host}, and there is no other host to"
+                f" move to; `trainonce drain {self._host} --checkpoint` writes a checkpoint and"
+                " ends the job, to go on elsewhere",
+            )
+            return
+        if not ranks:
+            answer(True, f"no rank of job {job.id} is on {place}")
+            return
+        job.draining.append(self._is_there)
+        self._open = len(ranks)
+        for rank in ranks:
+            self._move(rank, place, answer, len(ranks))
+
+    def _elsewhere(self) -> bool:
+        return any(handle.host != self._host for handle in self._job.workers.values())
+
+    def _is_there(self, handle: WorkerHandle) -> bool:
+        if handle.host != self._host:
+            return False
+        health = self._supervisor.health
+        device = health.device_of(handle) if health is not None else ""
+        return not self._device or self._device in (device, f"worker{handle.worker}")
+
+    def _move(self, rank: int, place: str, answer: Callable[[bool, str], None], total: int) -> None:
+        def moved(ok: bool, text: str) -> None:
+            self._open -= 1
+            if not ok:
+                self._failed.append(text)
+            if self._open == 0:
+                left = "; ".join(self._failed)
+                told = f"{total - len(self._failed)} of {total} ranks moved away from {place}"
+                answer(not self._failed, f"{told}{f': {left}' if left else ''}")
+
+        self._supervisor.migration.request(
+            rank, moved, detail=f"{place} is drained", detected_by="drain"
+        )

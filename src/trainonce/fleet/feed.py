@@ -1,0 +1,188 @@
+"""Health signals as they come: read on a thread of its own, judged, and handed over.
+
+A driver that is failing may not answer at all, so nobody else waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from trainonce.errors import ConfigError, SourceError
+from trainonce.fleet.moves import MoveLimits
+from trainonce.fleet.sources.words import check
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from trainonce.clock import Clock
+    from trainonce.fleet.health import Verdict
+    from trainonce.fleet.signals import Reading
+    from trainonce.fleet.sources.choose import Sources
+
+_JOIN_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthSettings:
+    """What is read of a host, how often, and what may follow; `[health]` in settings.toml.
+
+    Args:
+        sources: Words of `trainonce.fleet.sources.words.HINT`.
+        every_s: Time between two readings.
+        move: Whether a rank is moved away from a failing device, or only told about.
+        per_h: Planned moves of a job an hour.
+        rest_s: Between two of them.
+        per_device_day: Away from one device, a day.
+        keep_spares: Spares that are left for failures.
+    """
+
+    sources: tuple[str, ...] = ("auto",)
+    every_s: float = 10.0
+    move: bool = True
+    per_h: int = 4
+    rest_s: float = 60.0
+    per_device_day: int = 2
+    keep_spares: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.sources)
+        if not 0.01 <= self.every_s <= 3600:
+            raise ConfigError(
+                f"health signals every {self.every_s!r} s", hint="give 0.01 to 3600 seconds"
+            )
+        _ = self.move_limits
+
+    @property
+    def is_off(self) -> bool:
+        """Whether nothing is to be read."""
+        return set(self.sources) <= {"none"}
+
+    @property
+    def move_limits(self) -> MoveLimits:
+        """The guard of planned moves."""
+        return MoveLimits(
+            per_h=self.per_h,
+            rest_s=self.rest_s,
+            per_host_day=self.per_device_day,
+            keep_spares=self.keep_spares,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The verdict on one device has changed."""
+
+    host: str
+    device: str
+    verdict: Verdict
+
+
+@dataclass(kw_only=True)
+class News:
+    """What came since the last time it was asked for."""
+
+    findings: list[Finding] = field(default_factory=lambda: [])
+    missing: dict[str, str] = field(default_factory=lambda: {})
+    read: tuple[str, ...] = ()
+    pci: dict[str, str] = field(default_factory=lambda: {})
+
+
+class Feed:
+    """Reads sources again and again, and keeps what is new until it is taken.
+
+    Args:
+        open_them: Opens the sources; called on the feed's thread, since that may take its time.
+        every_s: Time between two readings.
+    """
+
+    def __init__(self, open_them: Callable[[], Sources], every_s: float) -> None:
+        self._open = open_them
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._news = News()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trainonce-health", daemon=True)
+        self._readings: list[Reading] = []
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def take(self) -> News:
+        """Return what is new, and forget it."""
+        with self._lock:
+            news, self._news = self._news, News()
+        return news
+
+    def close(self) -> None:
+        """Stop reading; a driver that does not answer is left behind."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        # Here, and not above: whoever starts a job should not wait for numpy to load.
+        from trainonce.fleet.health import Action, HealthWatch
+
+        opened = self._open()
+        watch = HealthWatch()
+        before: dict[tuple[str, str], Action] = {}
+        silent: set[str] = set()
+        with self._lock:
+            self._news.missing |= opened.missing
+            self._news.read = tuple(source.name for source in opened.sources)
+        while not self._stop.is_set():
+            readings, missing = read_all(opened)
+            fresh = {name: why for name, why in missing.items() if name not in silent}
+            silent = set(missing)
+            verdicts = watch.observe(readings)
+            changed = [
+                Finding(host=host, device=device, verdict=verdict)
+                for (host, device), verdict in verdicts.items()
+                if before.get((host, device), Action.NONE) is not verdict.action
+            ]
+            before |= {key: verdict.action for key, verdict in verdicts.items()}
+            with self._lock:
+                self._news.findings += changed
+                self._news.missing |= fresh
+                self._news.pci = dict(opened.pci)
+            self._stop.wait(self._every_s)
+        opened.close()
+
+
+def read_all(opened: Sources) -> tuple[list[Reading], dict[str, str]]:
+    """Return what all sources say now, and why some say nothing."""
+    readings: list[Reading] = []
+    missing: dict[str, str] = {}
+    for source in opened.sources:
+        try:
+            found = source.read()
+        except SourceError as error:
+            missing[source.name] = error.message
+            continue
+        except Exception as error:  # a library's own bug must not end the others
+            missing[source.name] = f"{source.name} failed: {type(error).__name__}: {error}"
+            continue
+        opened.pci.update(getattr(source, "pci", {}))
+        readings += found
+    # A device that the kernel log knows by its address is the one that the driver numbers.
+    return [
+        replace(reading, device=opened.pci.get(reading.device.removeprefix("pci:"), reading.device))
+        if reading.device.startswith("pci:")
+        else reading
+        for reading in readings
+    ], missing
+
+
+def open_for(settings: HealthSettings, *, host: str, clock: Clock, disk: Path) -> Feed:
+    """Return a feed that reads what `settings` name on this host; it is not started."""
+
+    def open_them() -> Sources:
+        from trainonce.fleet.sources.choose import open_sources
+
+        return open_sources(settings.sources, host=host, clock=clock, disk=disk)
+
+    return Feed(open_them, settings.every_s)

@@ -1,0 +1,1 @@
+"""Where readings come from: drivers, exporters, the host, the kernel log, files."""

@@ -69,6 +69,11 @@ def run_once(mode: str, model: str, mesh: str, steps: int, **extra: Any) -> dict
         "digests": [one["digest"] for one in found],
         "log_bytes": max(one["log_bytes"] for one in found),
         "shadow_every": found[0]["shadow_every"],
+        **{
+            key: statistics.median(one[key] for one in found)
+            for key in ("barrier_s", "image_s", "image_bytes")
+            if key in found[0]
+        },
     }
 
 

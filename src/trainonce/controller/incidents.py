@@ -38,8 +38,8 @@ class OpenIncident:
     steps_lost: int = 0
     recomputed: int = 0
     bytes_moved: int = 0
-    digest_before: str = ""
-    digest_after: str = ""
+    given: set[str] = field(default_factory=lambda: set())
+    taken: set[str] = field(default_factory=lambda: set())
     formed_step: int = 0
     commit_times: dict[int, float] = field(default_factory=lambda: {})
 
@@ -111,9 +111,9 @@ class IncidentTracker:
             if report.from_shadow:
                 incident.served_by = "shadow"
             if report.digest and newcomer and rank in incident.ranks:
-                incident.digest_after = report.digest
+                incident.taken.add(report.digest)
             elif report.digest and not newcomer:
-                incident.digest_before = report.digest
+                incident.given.add(report.digest)
 
     def recovered(self, *, restarted_at: int | None = None, from_shadow: bool = False) -> None:
         """Note that all ranks are consistent; after a restart, at which step, and from where."""
@@ -180,13 +180,18 @@ class IncidentTracker:
             steps_lost=incident.steps_lost,
             micro_batches_recomputed=incident.recomputed,
             bytes_moved=incident.bytes_moved,
-            digest_before=incident.digest_before,
-            digest_after=incident.digest_after,
+            digest_before=_digests(incident.taken & incident.given or incident.given),
+            digest_after=_digests(incident.taken),
             waited_for_spare_s=incident.waited_s,
             host=self._host,
             pids=incident.pids,
         )
         self._closed(event, sentence(event))
+
+
+def _digests(found: set[str]) -> str:
+    """Return one text for the digests of one or several parts of the state."""
+    return "+".join(sorted(found))
 
 
 def sentence(event: Incident) -> str:
@@ -225,7 +230,7 @@ def _how_served(event: Incident) -> str:
     how = {
         "rebuild": f"{taker} took {place}",
         "migration": f"{taker} took {place}",
-        "shadow": f"{taker} took {place}, from the shadow of the state",
+        "shadow": "the state came from its shadow",
         "reform": "the same ranks connected again",
         "restart": "all ranks were started again from the beginning",
         "checkpoint": "all ranks went on from the last checkpoint",

@@ -66,7 +66,7 @@ class Host(Protocol):
         ...
 
     def donate(self, inner: InnerGroup, donation: Donation) -> tuple[str, int]:
-        """Give this rank's part of the state; return the digest of all parts and the bytes sent."""
+        """Give this rank's stripe of the state; the first returns the digest of all stripes."""
         ...
 
     def receive(self, inner: InnerGroup, donation: Donation, plan: Plan) -> tuple[str, int]:

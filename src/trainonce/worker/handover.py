@@ -153,7 +153,7 @@ class Handover:
         """Send this rank's part of the state as of the last commit.
 
         Returns:
-            Digest of all parts in the first of the sources, of this one in the others; bytes.
+            Digest of all parts in the first of the sources, empty in the others; bytes.
         """
         runner = self._runner
         assert runner.protected is not None

@@ -97,6 +97,7 @@ class Op:
 
 
 _OVER: torch.futures.Future[Any] = torch.futures.Future()
+_OVER.set_result(None)
 
 
 def _deliver_nothing(result: list[torch.Tensor]) -> None:

@@ -42,6 +42,8 @@ _PAGE = 4096
 # Copied and then taken into the checksum while it is in the cache.
 _PIECE_BYTES = 4 << 20
 _SLACK_BYTES = 256 << 10
+# Of the memory that is free, what all shadows of this host may take.
+_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,12 @@ class ShadowMemory:
             OSError: There is not enough of it.
         """
         slot = -(-(content_bytes + _PAGE) // _PAGE) * _PAGE
-        if 2 * _SLOTS * slot > _available_bytes():
-            raise MemoryError(f"{_SLOTS * slot >> 20} MiB, and too little is free")
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        available = _available_bytes()
+        if slot * _SLOTS * ranks > _SHARE * available:
+            raise MemoryError(
+                f"{ranks} times {slot * _SLOTS >> 20} MiB, and {available >> 20} MiB are free"
+            )
         fd = os.memfd_create("trainonce-shadow", os.MFD_CLOEXEC)
         try:
             # Not just its size: a page that cannot be had would be a SIGBUS later.

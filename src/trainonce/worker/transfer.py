@@ -184,7 +184,7 @@ def _wait_all(works: list[Any]) -> None:
 
 
 def agree_on_digest(inner: InnerGroup, sources: Sequence[int], place: int, digest: str) -> str:
-    """Return one digest of all parts in the first of `sources`, their own one in the others.
+    """Return one digest of all parts in the first of `sources`, none in the others.
 
     Args:
         inner: The group.
@@ -194,7 +194,7 @@ def agree_on_digest(inner: InnerGroup, sources: Sequence[int], place: int, diges
     """
     if place > 0:
         send_record(inner, sources[0], {"digest": digest})
-        return digest
+        return ""
     others = [receive_record(inner, source)["digest"] for source in sources[1:]]
     return _digest_of_parts([digest, *others])
 

@@ -33,6 +33,26 @@ def test_any_rank_without_a_replica_can_be_killed_at_any_point(shaken, rank, poi
 
 
 @pytest.mark.slow
+def test_a_rank_killed_while_it_goes_on_from_its_shadow_does_so_again(shaken):
+    shaken(
+        "plain", *ALONE, served_by="shadow",
+        faults=["kill rank=1 step=4 point=backward", "kill rank=1 step=4 point=promotion",
+                "kill rank=0 step=8 point=updated", "kill rank=0 step=9 point=promotion"],
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_replica_can_be_moved(plain, tmp_path):
+    result = run_job(
+        SCRIPT, "plain", *ALONE, spares=1, chaos="migrate rank=1 step=4", home=tmp_path
+    )
+    result.assert_completed()
+    (incident,) = result.incidents
+    assert (incident.cause, incident.steps_lost) == ("migration", 0)
+    result.assert_same_state(plain("plain", *ALONE))
+
+
+@pytest.mark.slow
 def test_an_optimizer_that_splits_its_state_by_itself_goes_on_from_its_shadows(shaken):
     faults = [
         f"kill rank={n % 2} step={3 * n + 1} point={point}"

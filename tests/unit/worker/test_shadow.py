@@ -115,3 +115,17 @@ def test_redundancy_that_is_promised_counts_replicas_and_the_shadow():
         check_redundancy(1, ["a", "b", "a"], shadow=False)
     with pytest.raises(ConfigError, match="has 1 further copies"):
         check_redundancy(2, ["a", "a"], shadow=False)
+
+
+def test_without_memory_none_is_kept_and_that_is_said_once(monkeypatch):
+    monkeypatch.setattr("trainonce.worker.shadow._available_bytes", lambda: 1 << 20)
+    told = []
+    shadow = Shadow(lambda message, fds=(): told.append(message))
+    shadow.settle(["a"])
+    for step in (1, 2):
+        shadow.begin(step, 0, dict, b"", [("w", torch.ones(1 << 20))])
+    shadow.wait()
+    assert shadow.commits() == []
+    (note,) = told
+    assert note.level == "warning"
+    assert "no memory for a shadow" in note.text

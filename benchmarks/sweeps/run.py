@@ -66,6 +66,7 @@ def late_decays(segment, num_steps, count):
 
 def cosines(segment, num_steps, count):
     """Cosine schedules with as many peaks: no two share a step."""
+
     def schedule(peak):
         wave = torch.cos(torch.linspace(0, torch.pi, num_steps)).tolist()
         return [peak * (1 + value) / 2 for value in wave]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trainonce.graph.executor import compute as compute
     from trainonce.graph.features.evaluate import features as features
     from trainonce.graph.features.memoize import memoize as memoize
+    from trainonce.graph.features.replay import ReplayValues as ReplayValues
     from trainonce.graph.node import Dir as Dir
     from trainonce.graph.node import File as File
     from trainonce.graph.node import node as node
@@ -46,6 +47,7 @@ _EXPORTS = {
     "Segment": "trainonce.graph.sweeps.segment",
     "sweep": "trainonce.graph.sweeps.sweep",
     "Halving": "trainonce.graph.sweeps.halving",
+    "ReplayValues": "trainonce.graph.features.replay",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "File",
     "Halving",
     "LOST",
+    "ReplayValues",
     "Run",
     "Segment",
     "Store",

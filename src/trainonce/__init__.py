@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainonce.errors import TrainOnceError as TrainOnceError
     from trainonce.graph.executor import compute as compute
     from trainonce.graph.features.evaluate import features as features
+    from trainonce.graph.features.frames import FrameCache as FrameCache
     from trainonce.graph.features.memoize import memoize as memoize
     from trainonce.graph.features.replay import ReplayValues as ReplayValues
     from trainonce.graph.node import Dir as Dir
@@ -48,11 +49,13 @@ _EXPORTS = {
     "sweep": "trainonce.graph.sweeps.sweep",
     "Halving": "trainonce.graph.sweeps.halving",
     "ReplayValues": "trainonce.graph.features.replay",
+    "FrameCache": "trainonce.graph.features.frames",
 }
 
 __all__ = [
     "Dir",
     "File",
+    "FrameCache",
     "Halving",
     "LOST",
     "ReplayValues",

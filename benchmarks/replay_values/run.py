@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    num_steps, seeds = (1000, 1) if options.quick else (5000, 5)
+    num_steps, seeds = (1000, 1) if options.quick else (3000, 5)
     EXAMPLE.train(0, 600, once_each)  # tracing is paid once a process; not compared
     runs = {name: [] for name in VARIANTS}
     for seed in range(seeds):

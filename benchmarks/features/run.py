@@ -183,6 +183,13 @@ def share_rows(folder, counter):
         file.write(b"x" * rows.report.computed)
 
 
+def share_nothing(folder, counter):
+    """The same, each process with a store of its own."""
+    own = Path(folder) / str(os.getpid())
+    own.mkdir()
+    share_rows(str(own), counter)
+
+
 def share_joblib(folder, counter):
     import joblib
 
@@ -227,11 +234,21 @@ def count_evaluations(folder, target):
     for process in processes:
         process.join()
     failed = sum(process.exitcode != 0 for process in processes)
-    return {"evaluations": os.path.getsize(counter), "samples": 32 * 64, "failed": failed}
+    files = [path for path in (folder / "cache").rglob("*") if path.is_file()]
+    return {
+        "evaluations": os.path.getsize(counter),
+        "samples": 32 * 64,
+        "failed": failed,
+        "bytes_on_disk": sum(path.stat().st_blocks * 512 for path in files),
+    }
 
 
 def sharing(folder):
-    targets = {"trainonce": share_rows, "joblib.Memory": share_joblib}
+    targets = {
+        "trainonce": share_rows,
+        "trainonce, a store for each process": share_nothing,
+        "joblib.Memory": share_joblib,
+    }
     if importlib.util.find_spec("datasets"):
         targets["hugging face datasets.map"] = share_hugging_face
     found = {}
@@ -382,6 +399,116 @@ def distillation(folder, epochs):
     return compare("distillation", recompute, reuse, details)
 
 
+# ---------------------------------------------------------------- preference training
+
+CONTEXT_CHARS = 48
+
+
+class CharacterModel(nn.Module):
+    """A small causal transformer over bytes: tokens (batch, time) -> logits (batch, time, 128)."""
+
+    def __init__(self, width=64, layers=2):
+        super().__init__()
+        self.embed = nn.Embedding(128, width)
+        self.place = nn.Embedding(CONTEXT_CHARS, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 128)
+
+    def forward(self, tokens):
+        time = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(time, device=tokens.device)
+        hidden = self.embed(tokens) + self.place(torch.arange(time, device=tokens.device))
+        return self.head(self.blocks(hidden, mask=mask, is_causal=True))
+
+
+class LogProbabilities(nn.Module):
+    """Sequence log-probabilities of two continuations: (batch, 2, time) -> (batch, 2)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pairs):
+        tokens = pairs.flatten(0, 1)
+        logits = self.model(tokens[:, :-1]).log_softmax(-1)
+        picked = logits.gather(-1, tokens[:, 1:, None])[..., 0]
+        return picked.sum(-1).view(-1, 2)
+
+
+def preference_pairs(count):
+    """Real lines of the standard library against the same with words in another order."""
+    import argparse as a
+    import inspect
+    import json.decoder as d
+    import textwrap as t
+
+    text = "".join(inspect.getsource(module) for module in (a, d, t)).encode("ascii", "ignore")
+    chance = np.random.default_rng(0)
+    pairs = np.zeros((count, 2, CONTEXT_CHARS), np.int64)
+    for number, start in enumerate(chance.integers(0, len(text) - CONTEXT_CHARS, count)):
+        good = text[start : start + CONTEXT_CHARS]
+        words = good.split(b" ")
+        bad = b" ".join([words[place] for place in chance.permutation(len(words))])
+        pairs[number] = [list(good), list(bad)]
+    return torch.from_numpy(pairs)
+
+
+def preference(folder, epochs):
+    """3 runs of direct preference optimisation (Rafailov et al., 2023) against one reference."""
+    pairs = preference_pairs(512)
+    torch.manual_seed(0)
+    reference = CharacterModel()
+    optimizer = torch.optim.Adam(reference.parameters(), lr=3e-3)
+    for start in range(0, 512, 64):  # the reference knows a little of the language
+        tokens = pairs[start : start + 64, 0]
+        logits = reference(tokens[:, :-1]).flatten(0, 1)
+        nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    frozen = LogProbabilities(copy.deepcopy(reference)).eval().requires_grad_(False)
+    betas = (0.05, 0.1, 0.3)
+    dataset = TensorDataset(pairs, pairs)
+
+    def loss_of(policy, tokens, reference_logs, beta):
+        margin = (policy(tokens) - reference_logs) @ torch.tensor([1.0, -1.0])
+        return -nn.functional.logsigmoid(beta * margin).mean()
+
+    def policies():
+        return [LogProbabilities(copy.deepcopy(reference)) for _ in betas]
+
+    def recompute():
+        def loss(beta):
+            def one(policy, batch):
+                with torch.no_grad():
+                    logs = frozen(batch[0])
+                return loss_of(policy, batch[1], logs, beta)
+
+            return one
+
+        loader = DataLoader(dataset, batch_size=128, shuffle=True)
+        return [
+            train(policy, loader, loss(beta), epochs, 3)
+            for policy, beta in zip(policies(), betas, strict=True)
+        ]
+
+    def reuse():
+        store = tempfile.mkdtemp(dir=folder)
+        trained = []
+        for policy, beta in zip(policies(), betas, strict=True):
+            rows = once.features(frozen, dataset, batch_size=128, store=store)
+            loader = DataLoader(rows, batch_size=128, shuffle=True, collate_fn=rows.collate)
+            trained.append(
+                train(policy, loader, lambda p, b, beta=beta: loss_of(p, b[1], b[0], beta),
+                      epochs, 3)
+            )  # fmt: skip
+        return trained
+
+    details = {"runs": len(betas), "epochs": epochs,
+               "tracing_once_cpu_s": traced(frozen, dataset, folder)}  # fmt: skip
+    return compare("preference", recompute, reuse, details)
+
+
 # ---------------------------------------------------------------- all of it
 
 
@@ -429,6 +556,7 @@ def main():
         print(json.dumps(result["sharing"], indent=1), flush=True)
         result["heads"] = heads(folder, epochs)
         result["distillation"] = distillation(folder, epochs)
+        result["preference"] = preference(folder, max(2, epochs // 3))
     label = f"{result['date']}_{result['hardware']}_{result['commit']}.json"
     out = Path(options.out) if options.out else Path(__file__).parent / "results" / label
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from trainonce.errors import TrainOnceError as TrainOnceError
     from trainonce.graph.executor import compute as compute
     from trainonce.graph.features.evaluate import features as features
+    from trainonce.graph.features.frames import FrameCache as FrameCache
     from trainonce.graph.features.memoize import memoize as memoize
+    from trainonce.graph.features.replay import ReplayValues as ReplayValues
     from trainonce.graph.node import Dir as Dir
     from trainonce.graph.node import File as File
     from trainonce.graph.node import node as node
@@ -56,16 +58,20 @@ _EXPORTS = {
     "fit": "trainonce.levers.fit",
     "FitResult": "trainonce.levers.fit",
     "Budget": "trainonce.ledger.spending",
+    "ReplayValues": "trainonce.graph.features.replay",
+    "FrameCache": "trainonce.graph.features.frames",
 }
 
 __all__ = [
     "Budget",
     "Dir",
     "File",
-    "Halving",
     "FitResult",
+    "FrameCache",
+    "Halving",
     "LOST",
     "Plan",
+    "ReplayValues",
     "Run",
     "Segment",
     "Store",
@@ -78,8 +84,8 @@ __all__ = [
     "memoize",
     "node",
     "open_store",
-    "sweep",
     "plan",
+    "sweep",
 ]
 
 

@@ -218,7 +218,13 @@ class Filled:
     seconds: float = 0.0
 
 
-def fill(table: RowTable, folder: Path, digests: NDArray[np.bytes_], engine: Engine) -> Filled:
+def fill(
+    table: RowTable,
+    folder: Path,
+    digests: NDArray[np.bytes_],
+    engine: Engine,
+    committed: Callable[[], None] = lambda: None,
+) -> Filled:
     """Compute every row that is missing, sharing the work with other processes.
 
     Args:
@@ -226,6 +232,7 @@ def fill(table: RowTable, folder: Path, digests: NDArray[np.bytes_], engine: Eng
         folder: Of the row store.
         digests: Sample digests, "S16", in the order in which the engine knows the samples.
         engine: Computes them.
+        committed: Called after each commit of rows.
 
     Returns:
         What was computed here, and what others computed meanwhile.
@@ -247,6 +254,7 @@ def fill(table: RowTable, folder: Path, digests: NDArray[np.bytes_], engine: Eng
         chunk = claims.choose(window, engine.chunk_rows())
         if chunk is not None:
             _compute_chunk(table, claims, chunk, engine, index_of, done)
+            committed()
             missing, blocked = np.concatenate([window, missing]), 0
             continue
         # Others are at all of these: look at the rest first, and wait when there is none.

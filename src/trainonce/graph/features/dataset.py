@@ -27,7 +27,7 @@ from trainonce.graph.features.fingerprint import Fingerprint, write_aside
 from trainonce.graph.features.items import refuse_forgotten
 from trainonce.graph.features.rows import RowTable
 from trainonce.graph.features.tables import forgotten
-from trainonce.graph.features.upkeep import note_lineage, note_table
+from trainonce.graph.features.upkeep import make_room, note_lineage, note_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,6 +94,7 @@ class FeatureRows(Dataset[Any]):
         sink: Callable[[Event], None] | None,
         name: str,
         has_variants: bool,
+        budget_bytes: int | None,
     ) -> None:
         self.fingerprint = fingerprint = fingerprint_now()
         self._fingerprint_now: Callable[[], Fingerprint] | None = fingerprint_now
@@ -103,6 +104,7 @@ class FeatureRows(Dataset[Any]):
         self._variant = 0
         self._all_digests = digests
         self._has_variants = has_variants
+        self._budget_bytes = budget_bytes
         self._table = RowTable(folder / fingerprint.digest[:40], fingerprint.digest, verify=verify)
         everything = np.concatenate(digests)
         refuse_forgotten(np.flatnonzero(np.isin(everything, forgotten(folder))) % len(digests[0]))
@@ -228,11 +230,29 @@ class FeatureRows(Dataset[Any]):
                     note_lineage(self._folder, made, origin)
             if len(self._all_digests) > 1:
                 engine.call_of = _call_of(self._source, variant)
-            done = fill(self._table, self._folder, digests, engine)
+            done = fill(self._table, self._folder, digests, engine, self._check_budget)
             total.computed += done.computed
             total.computed_elsewhere += done.computed_elsewhere
             total.seconds += done.seconds
         return total
+
+    def _check_budget(self) -> None:
+        """Make room for the rows of this module.
+
+        Raises:
+            StoreError: They alone need more than the budget.
+        """
+        if self._budget_bytes is None:
+            return
+        used = make_room(self._folder, self._budget_bytes, keep=self._table.folder)
+        if used > self._budget_bytes:
+            num_rows = sum(len(one) for one in self._all_digests)
+            raise StoreError(
+                f"the {num_rows} rows of this module do not fit a budget of "
+                f"{self._budget_bytes:,} bytes: what is there takes {used:,}",
+                hint="store fewer bytes a row (storage_dtype=torch.float16, outputs=), or fewer "
+                "samples",
+            )
 
     def _read(self, places: NDArray[np.int64]) -> tuple[Any, ...]:
         slots = self._slots[self._variant][places]

@@ -45,6 +45,7 @@ def features(
     sample_key: Callable[[int], object] | None = None,
     version: str | None = None,
     exact: bool = False,
+    budget_bytes: int | None = None,
     sink: Callable[[Event], None] | None = None,
 ) -> FeatureRows:
     """Evaluate a frozen module over a dataset, each sample once, ever.
@@ -80,6 +81,8 @@ def features(
         version: Declares what the module computes, where its graph cannot be had.
         exact: Share rows only where they are equal bit by bit: same device model, thread
             count, torch build and batch size.
+        budget_bytes: What all rows in the store may take on disk. Rows of other modules are
+            evicted for it, those that save the fewest seconds per byte first.
         sink: Takes a `ComputeSaved` event where stored rows were used; the ledger if None.
 
     Returns:
@@ -88,6 +91,7 @@ def features(
     Raises:
         DataError: The module is not deterministic or changes its buffers, samples are random,
             or a dataset has no names for its samples.
+        StoreError: The rows alone need more than `budget_bytes`.
         StateMismatchError: A sample's output depends on its batch, or an audit failed.
         ConfigError: An argument cannot be used.
     """
@@ -126,6 +130,7 @@ def features(
         started=started,
         sink=sink,
         has_variants=bool(variants),
+        budget_bytes=budget_bytes,
         name=type(module).__qualname__ if isinstance(module, torch.nn.Module) else str(module),
     )
 

@@ -85,6 +85,29 @@ def forget(folder: Path, samples: list[str], files: list[str]) -> tuple[int, int
     return erased, left
 
 
+def make_room(folder: Path, budget_bytes: int, *, keep: Path) -> int:
+    """Evict files of rows until a row store fits its budget; return the bytes it then takes.
+
+    What saves the fewest seconds per byte goes first. The table `keep` and those of digests and
+    labels stay.
+    """
+    found = tables.tables(folder)
+    total = sum(table.size_bytes for table in found)
+    ranked = sorted(
+        (table.seconds_per_row * table.num_rows / max(table.size_bytes, 1), table.last_used_s, n)
+        for n, table in enumerate(found)
+        if table.name and table.folder != keep
+    )
+    for _, _, number in ranked:
+        for name in found[number].segments:
+            if total <= budget_bytes:
+                return total
+            path = found[number].folder / name
+            total -= tables.size_of(path)
+            _remove(path)
+    return total
+
+
 def sweep(folder: Path) -> int:
     """Remove what writers that died left behind; return how many files there were."""
     removed = 0

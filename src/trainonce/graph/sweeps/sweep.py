@@ -89,13 +89,13 @@ class Report:
 
     def __str__(self) -> str:
         stored = self.steps_tree - self.steps_needed
+        reasons = "".join(f"; not stored: {reason}" for reason in self.uncached)
         return (
             f"{len(self.results)} trials of {self.steps_alone:,} steps together; their tree has "
             f"{self.steps_tree:,} ({self.bound:.2f}x less), {stored:,} of them stored before; "
             f"{self.steps_computed:,} trained here, {self.steps_elsewhere:,} elsewhere: "
             f"{100 * self.reached:.1f} % of the bound; {self.train_s:.2f} s of "
-            f"{self.total_s:.2f} s were training"
-            + "".join(f"; not stored: {reason}" for reason in self.uncached)
+            f"{self.total_s:.2f} s were training{reasons}"
         )
 
 

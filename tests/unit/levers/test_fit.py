@@ -198,6 +198,20 @@ def test_the_guard_only_reports_where_no_reversible_lever_is_on(tmp_path):
     assert "no reversible lever" in found.guard
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_once_no_lever_is_left_to_blame(made, tmp_path):
+    def explodes(out, batch):
+        return square(out, batch) * (math.nan if out.requires_grad else 1.0)
+
+    lines, model = [], norm_net()
+    found = trainonce.fit(
+        model, points(), explodes, plan=made, folder=tmp_path, progress=lines.append
+    )  # fmt: skip
+    assert found.stopped.startswith("the loss is nan at step 6")  # the second look
+    assert found.steps == 6
+    assert sum("switched off: precision, infobatch, freeze" in line for line in lines) == 1
+    assert found.best == math.inf
+
+
 def test_a_run_that_the_guard_changed_resumes_as_it_went_on(made, tmp_path, monkeypatch):
     plan = with_off_arm(made, [1e-6, 2e-6, 3e-6])
     whole, _ = fit(tmp_path / "whole", plan)

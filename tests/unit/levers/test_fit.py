@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -292,6 +293,8 @@ def test_early_stop_ends_the_run_with_its_reason(made, tmp_path):
     _, found = fit(tmp_path, plan)
     assert found.steps < plan.run.steps
     assert "no gain" in found.stopped
+    model, again = fit(tmp_path, plan)
+    assert (again.steps, again.history) == (found.steps, found.history)  # over is over
 
 
 def test_a_plan_file_that_does_not_exist_is_made_and_one_that_does_is_followed(tmp_path):
@@ -318,3 +321,31 @@ def test_tensorboard_is_asked_for_with_a_hint_where_it_is_missing(made, tmp_path
     with pytest.raises(ConfigError, match="tensorboard is not installed") as caught:
         fit(tmp_path, made, tensorboard=tmp_path / "tb")
     assert "pip install" in caught.value.hint
+
+
+def test_tensorboard_gets_what_is_shown(made, tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, log_dir):
+            written.append(log_dir)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step, value))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    _, found = fit(tmp_path, made, tensorboard=tmp_path / "tb")
+    assert written[0] == str(tmp_path / "tb")
+    assert written[-1] == "closed"
+    values = {(name, step): value for name, step, value in written[1:-1]}
+    for step, loss, value in found.history:
+        assert values["loss/train", step] == loss
+        assert values["eval", step] == value

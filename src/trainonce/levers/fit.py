@@ -13,7 +13,7 @@ from trainonce.ledger import prices
 from trainonce.ledger.spending import Budget, open_spending
 from trainonce.levers.batches import as_data
 from trainonce.levers.fingerprint import model_digest
-from trainonce.levers.host import open_host, settle_plan
+from trainonce.levers.host import is_first_process, open_host, settle_plan
 from trainonce.levers.plan_file import Plan
 from trainonce.levers.planning import plan as make_plan
 from trainonce.levers.training import BEST, Training, to_stderr
@@ -124,7 +124,7 @@ def fit(
     chosen = plan
     if not isinstance(chosen, Plan):
         chosen = settle_plan(Path(chosen) if chosen else host.folder / "plan.toml", make)
-    _check(chosen, model, steps, progress)
+    _check(chosen, model, steps, progress if is_first_process() else lambda _line: None)
     training = Training(
         host, chosen, model, data, eval_data, loss, metric, optimizer, seed=seed, gate=gate,
         meter=meter, tensorboard=Path(tensorboard) if tensorboard else None, show=progress,
@@ -136,8 +136,9 @@ def fit(
     )  # fmt: skip
     if training.state.updates < chosen.run.steps:
         gate.check(training.state.spent)
+    until = 0 if training.stopped() else chosen.run.steps
     with training.flags():
-        for batch in host.batches(training.loader, max_steps=chosen.run.steps):
+        for batch in host.batches(training.loader, max_steps=until):
             update(batch)
             if training.due():
                 look()

@@ -186,14 +186,18 @@ def open_host(*, seed: int, folder: Path | None) -> Host:
     return PlainHost(seed=seed, folder=place)
 
 
+def is_first_process() -> bool:
+    """Tell whether this process was started as rank 0; asking for a rank would park a spare."""
+    return settings.SPARE.get() is None and int(os.environ.get("RANK", "0")) == 0
+
+
 def settle_plan(path: Path, make: Callable[[], Plan]) -> Plan:
     """Return the plan in `path`; where there is none, one process makes it and all read it.
 
     The first of the first ranks makes it. The others, hot spares included, wait for the file:
     a process that comes later must train by the same plan, and timings decide part of it.
     """
-    is_first = settings.SPARE.get() is None and int(os.environ.get("RANK", "0")) == 0
-    if not path.exists() and is_first:
+    if not path.exists() and is_first_process():
         make().write(path)
     while not path.exists():
         time.sleep(0.1)

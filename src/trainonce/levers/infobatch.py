@@ -73,7 +73,8 @@ class InfoBatch(Lever):
 
     info = LeverInfo(
         name="infobatch",
-        saves="a third of the samples of an epoch on digits; 40 % published for CIFAR and ImageNet",
+        saves="30 % of an epoch's FLOPs on digits, at a higher loss: never chosen there "
+        "(benchmarks/levers); 40 % published for CIFAR and ImageNet",
         source="Qin et al., InfoBatch, ICLR 2024",
         applies="eight epochs or more, a loss for each sample",
         hurts="few epochs; nothing gained on top of Muon, which needs few epochs itself",

@@ -70,8 +70,8 @@ class Precision(Lever):
 
     info = LeverInfo(
         name="precision",
-        saves="bf16 steps 1.4-3.2x faster where matrix units serve it; nothing at all, or the "
-        "reverse, for small models on a CPU: so it is measured first",
+        saves="step time where matrix units serve bf16 (1.4-3.2x in an earlier study, whose runs "
+        "are not committed); nothing, or the reverse, for small models: so it is measured first",
         source="Micikevicius et al., Mixed Precision Training, ICLR 2018; Kalamkar et al., 2019",
         applies="large matrix products on hardware with units for the dtype",
         hurts="small tensors (conversions cost more than is gained); fp16 under- and overflows",

@@ -323,7 +323,9 @@ class Training:
     def _guard(self, step: int, loss: float) -> None:
         compared = loss
         if math.isfinite(loss):
-            compared = self._mean_of(self._loss, self._guard_data, self._guard_indices)
+            mine = self._mean_of(self._loss, self._guard_data, self._guard_indices)
+            # Ranks may differ by their batch norms' statistics, and must decide alike.
+            compared = self._mean_over_ranks(mine, 1)
         on = [lever for lever in self.levers.values() if lever.enabled]
         decision = judge(
             compared,
@@ -340,6 +342,8 @@ class Training:
             self._say(f"guard: {decision.reason}; switched off: {', '.join(decision.levers)}")
         elif decision.verdict is Verdict.REPORT:
             self._say(f"guard: {decision.reason}")
+            if not math.isfinite(compared):
+                self.state.stop = decision.reason  # what follows would be wasted
         self.state.guard = f"{decision.verdict.value}: {decision.reason}"
 
     def _ask_budget(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -198,6 +199,20 @@ def test_the_guard_only_reports_where_no_reversible_lever_is_on(tmp_path):
     assert "no reversible lever" in found.guard
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_once_no_lever_is_left_to_blame(made, tmp_path):
+    def explodes(out, batch):
+        return square(out, batch) * (math.nan if out.requires_grad else 1.0)
+
+    lines, model = [], norm_net()
+    found = trainonce.fit(
+        model, points(), explodes, plan=made, folder=tmp_path, progress=lines.append
+    )  # fmt: skip
+    assert found.stopped.startswith("the loss is nan at step 6")  # the second look
+    assert found.steps == 6
+    assert sum("switched off: precision, infobatch, freeze" in line for line in lines) == 1
+    assert found.best == math.inf
+
+
 def test_a_run_that_the_guard_changed_resumes_as_it_went_on(made, tmp_path, monkeypatch):
     plan = with_off_arm(made, [1e-6, 2e-6, 3e-6])
     whole, _ = fit(tmp_path / "whole", plan)
@@ -278,6 +293,8 @@ def test_early_stop_ends_the_run_with_its_reason(made, tmp_path):
     _, found = fit(tmp_path, plan)
     assert found.steps < plan.run.steps
     assert "no gain" in found.stopped
+    model, again = fit(tmp_path, plan)
+    assert (again.steps, again.history) == (found.steps, found.history)  # over is over
 
 
 def test_a_plan_file_that_does_not_exist_is_made_and_one_that_does_is_followed(tmp_path):
@@ -304,3 +321,31 @@ def test_tensorboard_is_asked_for_with_a_hint_where_it_is_missing(made, tmp_path
     with pytest.raises(ConfigError, match="tensorboard is not installed") as caught:
         fit(tmp_path, made, tensorboard=tmp_path / "tb")
     assert "pip install" in caught.value.hint
+
+
+def test_tensorboard_gets_what_is_shown(made, tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, log_dir):
+            written.append(log_dir)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step, value))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    _, found = fit(tmp_path, made, tensorboard=tmp_path / "tb")
+    assert written[0] == str(tmp_path / "tb")
+    assert written[-1] == "closed"
+    values = {(name, step): value for name, step, value in written[1:-1]}
+    for step, loss, value in found.history:
+        assert values["loss/train", step] == loss
+        assert values["eval", step] == value

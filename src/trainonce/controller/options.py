@@ -58,6 +58,7 @@ class RunOptions:
         notices: What to tell the user about these options, at the start.
         health: Which health signals are read, and what may follow.
         economics: Prices and budgets.
+        profile_s: Seconds of each epoch that rank 0 profiles; 0 for none.
         stop_at_budget: Write a checkpoint and end when a budget is used up.
     """
 
@@ -86,6 +87,7 @@ class RunOptions:
     health: HealthSettings = field(default_factory=HealthSettings)
     economics: EconomicsSettings = field(default_factory=EconomicsSettings)
     stop_at_budget: bool = False
+    profile_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.nproc < 1:
@@ -97,6 +99,8 @@ class RunOptions:
             raise ConfigError(f"--spares is {self.spares}", hint="give 0 or more")
         if self.max_restarts is not None and self.max_restarts < 0:
             raise ConfigError(f"--max-restarts is {self.max_restarts}", hint="give 0 or more")
+        if not 0 <= self.profile_s <= 600:
+            raise ConfigError(f"--profile-s is {self.profile_s}", hint="give 0 to 600 seconds")
         if self.grace_s < 0:
             raise ConfigError(f"--grace-s is {self.grace_s}", hint="give 0 or more seconds")
         if not 0 <= self.master_port <= 65535:
@@ -171,6 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--grace-s", type=float, default=None, help="time to end cleanly after SIGTERM (30)")
     option("--health", default=None, metavar="SOURCES", help=f"health signals to act on: {HINT}")
     option("--health-every-s", type=float, default=None, help="time between two readings (10)")
+    option("--profile-s", type=float, default=0.0, help="profile so long of each epoch (0: never)")
     option("--max-cost-usd", type=float, default=None, help="alert at 50, 80 and 100 % of it")
     option("--max-energy-kwh", type=float, default=None, help="the same for energy")
     option("--max-gpu-hours", type=float, default=None, help="the same for time on devices")
@@ -260,6 +265,7 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         health=_health(args),
         economics=_economics(args),
         stop_at_budget=args.stop_at_budget,
+        profile_s=args.profile_s,
     )
 
 

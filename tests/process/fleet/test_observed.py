@@ -15,6 +15,7 @@ def of_kind(job, kind):
     return [event for event in job.events if event.kind == kind]
 
 
+@pytest.mark.slow
 def test_slow_transform_and_hot_spots_are_in_ledger_and_report(tmp_path):
     job = run_job(
         SCRIPT, 50, 0.022, "none", nproc_per_node=1, options=("--profile-s", "1"), home=tmp_path

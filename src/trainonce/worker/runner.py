@@ -92,6 +92,7 @@ class Runner:
             enter=self.enter,
             fault_point=self.injector.at,
             inside_step=lambda: self.commits if self.executing or self.rehearsing else None,
+            counted=self._tell_of_enumerate,
         )
         self.local = LocalState(
             promotion=promotion,
@@ -412,12 +413,24 @@ class Runner:
     def _holds_copies(self) -> bool:
         return self.fabric is not None and self.world_size > 1 and self.rank in _HOLDERS
 
+    def _tell_of_enumerate(self) -> None:
+        self.notify(
+            Note(
+                key="enumerate",
+                level="warning",
+                text="enumerate(run.batches(...)) counts from 0 again in a process that takes a"
+                " rank over; use run.step_index, or a count in run.state",
+            )
+        )
+
     # ------------------------------------------------------------------ metrics
 
-    def count(self, tokens: int, flops: int) -> None:
+    def count(self, tokens: int, flops: int, peak_flops: int | None) -> None:
         """Add to what the open step has processed."""
         self._tokens += tokens
         self._flops += flops
+        if peak_flops is not None:
+            self.progress["peak_flops"] = peak_flops
 
     def mean(self, value: torch.Tensor | float) -> LazyMean:
         """Return the average of `value` over all ranks, reduced after the commit."""

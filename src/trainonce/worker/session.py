@@ -28,6 +28,7 @@ from trainonce.worker.handover import Handover
 from trainonce.worker.link import Link
 from trainonce.worker.loader import ShardedLoader
 from trainonce.worker.observe import LightProfile, LoaderAdvice
+from trainonce.worker.peaks import peak_flops
 from trainonce.worker.runner import Runner, leave
 from trainonce.worker.spare import Promotion
 from trainonce.worker.state import Protected
@@ -86,6 +87,7 @@ class Run:
         self._exit_code = 0
         self._initialising = True
         self._device = self._choose_device()
+        progress["peak_flops"] = peak_flops(self._device)
         self._handover: Handover | None = None
         self._sources: dict[int, tuple[Any, ShardedLoader | StatefulLoader]] = {}
         if self._fabric is not None:
@@ -198,9 +200,16 @@ class Run:
         """
         return self._runner.mean(value)
 
-    def count(self, *, tokens: int = 0, flops: int = 0) -> None:
-        """Say how much the present step processes on this rank, for the progress line."""
-        self._runner.count(tokens, flops)
+    def count(self, *, tokens: int = 0, flops: int = 0, peak_flops: int | None = None) -> None:
+        """Say how much the present step processes on this rank, for the progress line.
+
+        Args:
+            tokens: How many.
+            flops: Floating-point operations.
+            peak_flops: What this rank's device does per second at best, for the utilisation
+                (MFU). None: its dense bf16 peak if the device is a known GPU.
+        """
+        self._runner.count(tokens, flops, peak_flops)
 
     def expect_saving(self, lever: str, share: float, *, basis: str) -> None:
         """Say that a lever is on, for the report: what it is *expected* to save.

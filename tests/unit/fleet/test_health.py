@@ -198,6 +198,13 @@ def test_watch_keeps_devices_apart_and_drops_what_comes_late() -> None:
     assert watch.observe([Reading(mono_s=4, host="a", device="gpu1")]) == {}
 
 
+def test_device_that_floods_is_kept_within_bounds() -> None:
+    watch = HealthWatch()
+    flood = [Reading(mono_s=1.0, host="a", device="gpu0") for _ in range(5000)]
+    watch.observe(flood)
+    assert len(watch._history["a", "gpu0"]) == 2000
+
+
 @pytest.mark.parametrize("change", [{"window_s": 0}, {"hot_s": -1}, {"free_share": float("nan")}])
 def test_impossible_limits_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be more than 0"):

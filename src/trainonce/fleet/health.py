@@ -201,7 +201,7 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     if not known or slowdown_c is None:
         return []
     times, degrees = np.array(known, dtype=np.float64).T
-    now_c = float(degrees[-1])
+    now_c = float(np.median(degrees[-3:]))  # one wrong reading is no heat
     lasting = degrees[times > times[-1] - limits.hot_s]
     hot = lasting.min() >= slowdown_c and times[-1] - times[0] >= limits.hot_s
     found: list[_Finding] = []

@@ -88,6 +88,8 @@ def test_ramp_is_seen_through_noise_and_a_broken_reading() -> None:
         pytest.param(lambda i: 120.0 if i == 30 else 60.0, id="one absurd reading"),
         pytest.param(lambda i: 60 + 0.01 * i, id="a slow day's warming"),
         pytest.param(lambda i: 90 - 0.1 * i if i > 30 else 60.0, id="cooling down"),
+        pytest.param(lambda i: 120.0 if i == 59 else 60 + 0.05 * i, id="absurd while warming"),
+        pytest.param(lambda i: 255.0 if i in (40, 59) else 60 + 0.1 * i, id="absurd twice"),
         pytest.param(lambda i: None, id="no sensor"),
         pytest.param(lambda i: float("nan"), id="a sensor that gives no number"),
         pytest.param(lambda i: 82 + 4 * ((i // 6) % 2), id="breathing with the load"),

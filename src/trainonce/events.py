@@ -170,6 +170,72 @@ class HealthChanged(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StragglerFound(Event):
+    """A rank is slower than the others.
+
+    Args:
+        rank: Which one.
+        host: Where it runs.
+        step: Committed steps when it was found.
+        slower: By which share it takes longer than the median rank before its collectives.
+        excess_s: The same in seconds a step.
+        cause: "loading" or "computing": where most of the excess is.
+        reason: The evidence in words.
+    """
+
+    kind: ClassVar[str] = "straggler_found"
+    rank: int
+    host: str
+    step: int
+    slower: float
+    excess_s: float
+    cause: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSlow(Event):
+    """Samples take long to load, and are waited for.
+
+    Args:
+        rank: Who noticed.
+        sample_s: Seconds a sample, in the process that loads it.
+        waited_share: Share of the time in which this rank waited for batches.
+        slowest: The function in which most of it is spent.
+    """
+
+    kind: ClassVar[str] = "loader_slow"
+    rank: int
+    sample_s: float
+    waited_share: float
+    slowest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HotSpots(Event):
+    """Where the time of a few steps went.
+
+    Args:
+        rank: Who was profiled.
+        step: Steps that its worker had committed at the end of the profile.
+        steps: Steps in the profile.
+        seconds: Its length.
+        epoch: Which epoch.
+        on_device: Shares are of the device's time, not of the processor's.
+        spots: Name and share of the time spent in it alone, the largest first.
+    """
+
+    kind: ClassVar[str] = "hot_spots"
+    rank: int
+    step: int
+    steps: int
+    seconds: float
+    epoch: int
+    on_device: bool
+    spots: list[list[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpareParked(Event):
     """A spare waits for a rank."""
 
@@ -286,6 +352,7 @@ _KINDS: dict[str, type[Event]] = {
         JobStarted, JobEnded, GenerationFormed, Incident, FaultInjected, ProgressMade,
         SpareParked, CheckpointSaved, CheckpointSkipped, ReplicasDiffer, ValueLost,
         ComputeSaved, EnergyUsed, LeverApplied, BudgetCrossed, HealthChanged,
+        StragglerFound, LoaderSlow, HotSpots,
     )
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ HOME = EnvVar("TRAINONCE_HOME", "folder of the ledger, checkpoints and logs (~/.
 STORE = EnvVar("TRAINONCE_STORE", "folder or URL of the graph's store ($TRAINONCE_HOME/store)")
 PROJECT = EnvVar("TRAINONCE_PROJECT", "project tag under which the ledger books a job")
 PRECISION = EnvVar("TRAINONCE_PRECISION", "default precision lever for a whole cluster")
+PROFILE_S = EnvVar("TRAINONCE_PROFILE_S", "seconds of each epoch that rank 0 profiles (0)")
 PRELOAD = EnvVar("TRAINONCE_PRELOAD", "0: start spares afresh, not by a fork (1)")
 
 # Set by the launcher for its workers; users do not set these.
@@ -47,8 +48,8 @@ SPARE = EnvVar("TRAINONCE_SPARE", "set by the launcher: 1 in a worker that holds
 TEST_RECORDS = EnvVar("TRAINONCE_TEST_RECORDS", "set by trainonce.testing: folder for records")
 
 ALL = (
-    HOME, STORE, PROJECT, PRECISION, PRELOAD, REDUNDANCY, JOB, WORKER, CONTROL_FD, PROGRESS_FD,
-    SPARE, TEST_RECORDS,
+    HOME, STORE, PROJECT, PRECISION, PRELOAD, REDUNDANCY, PROFILE_S, JOB, WORKER, CONTROL_FD,
+    PROGRESS_FD, SPARE, TEST_RECORDS,
 )  # fmt: skip
 
 

@@ -53,6 +53,8 @@ def environment(
     }
     if options.redundancy:
         env[settings.REDUNDANCY.name] = str(options.redundancy)
+    if options.profile_s:
+        env[settings.PROFILE_S.name] = str(options.profile_s)
     env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     if options.nproc > 1:
         env.setdefault("OMP_NUM_THREADS", "1")

@@ -125,6 +125,8 @@ def run_job(options: RunOptions, ledger: Ledger, *, crossed: Iterable[BudgetCros
 def _nvml_indices() -> list[int] | None:
     """Return the devices that this job may use, in NVML's order; None for all of the host."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return []
     if visible is None or not all(part.strip().isdigit() for part in visible.split(",")):
         return None
     return [int(part) for part in visible.split(",")]

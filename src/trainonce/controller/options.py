@@ -60,6 +60,7 @@ class RunOptions:
         notices: What to tell the user about these options, at the start.
         health: Which health signals are read, and what may follow.
         economics: Prices and budgets.
+        profile_s: Seconds of each epoch that rank 0 profiles; 0 for none.
     """
 
     script: str
@@ -87,6 +88,7 @@ class RunOptions:
     notices: tuple[str, ...] = ()
     health: HealthSettings = field(default_factory=HealthSettings)
     economics: EconomicsSettings = field(default_factory=EconomicsSettings)
+    profile_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.nproc < 1:
@@ -102,6 +104,8 @@ class RunOptions:
             )
         if self.max_restarts is not None and self.max_restarts < 0:
             raise ConfigError(f"--max-restarts is {self.max_restarts}", hint="give 0 or more")
+        if not 0 <= self.profile_s <= 600:
+            raise ConfigError(f"--profile-s is {self.profile_s}", hint="give 0 to 600 seconds")
         if self.grace_s < 0:
             raise ConfigError(f"--grace-s is {self.grace_s}", hint="give 0 or more seconds")
         if not 0 <= self.master_port <= 65535:
@@ -192,6 +196,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=None,
             help=f"{unit}: alerts at 50, 80, 100 % of it, then a clean, resumable stop",
         )
+    option("--profile-s", type=float, default=0.0, help="profile so long of each epoch (0: never)")
     option("--budget-webhook", default="", metavar="URL", help="gets these alerts as JSON")
     option("--job-id", default="", help="id of the job; made up by default")
     option("--resume", default="", metavar="JOB", help="start from the checkpoint of this job")
@@ -279,6 +284,7 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         notices=tuple(_notices(args)),
         health=_health(args),
         economics=_economics(args),
+        profile_s=args.profile_s,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from trainonce.controller.job import Doom
 from trainonce.controller.live import Snapshot
+from trainonce.controller.pace import Pace
 from trainonce.controller.policy import Action, Decision, RankStatus, judge_progress
 from trainonce.events import ProgressMade
 from trainonce.wire.messages import Committed, DumpStacks
@@ -43,6 +44,7 @@ class Watch:
         self._looked_s = float("-inf")
         self._recorded_s = job.clock.mono_s()
         self._step_times: deque[float] = deque(maxlen=64)
+        self._pace = Pace(job)
         self.snapshot = Snapshot(
             step=0, ranks_alive=0, world_size=job.options.nproc, spares_ready=0,
             spares=job.options.spares, incidents=0,
@@ -104,6 +106,8 @@ class Watch:
     def _summarise(self) -> None:
         job = self._job
         pages = [(h, h.process.progress.snapshot()) for h in job.ranked()]
+        if not (job.is_ending or job.stopping or job.restarting):
+            self._pace.look(pages)
         self._step_times.extend(p["step_ns"] / 1e9 for _h, p in pages if p["step_ns"] > 0)
         losses = [struct.unpack("d", struct.pack("q", p["loss_bits"]))[0] for _h, p in pages]
         # A page that no worker has written yet reads 0.0.

@@ -105,6 +105,8 @@ _KERNEL_FAULTS = {
 # A rate needs some time to be one, and a temperature trend some readings.
 _MIN_RATE_S = 60.0
 _MIN_RAMP_READINGS = 6
+# Of one device, whatever it sends: ten minutes of three readings a second.
+_MAX_READINGS = 2000
 
 _Finding = tuple[Action, str]
 
@@ -199,7 +201,7 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     if not known or slowdown_c is None:
         return []
     times, degrees = np.array(known, dtype=np.float64).T
-    now_c = float(degrees[-1])
+    now_c = float(np.median(degrees[-3:]))  # one wrong reading is no heat
     lasting = degrees[times > times[-1] - limits.hot_s]
     hot = lasting.min() >= slowdown_c and times[-1] - times[0] >= limits.hot_s
     found: list[_Finding] = []
@@ -297,7 +299,7 @@ class HealthWatch:
         verdicts: dict[tuple[str, str], Verdict] = {}
         for reading in readings:
             key = (reading.host, reading.device)
-            history = self._history.setdefault(key, deque())
+            history = self._history.setdefault(key, deque(maxlen=_MAX_READINGS))
             if history and reading.mono_s < history[-1].mono_s:
                 continue
             history.append(reading)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from trainonce.events import (
@@ -14,11 +14,15 @@ from trainonce.events import (
     Event,
     FaultInjected,
     GenerationFormed,
+    HealthChanged,
+    HotSpots,
     Incident,
     JobEnded,
     JobStarted,
     LeverApplied,
+    LoaderSlow,
     ProgressMade,
+    StragglerFound,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +58,10 @@ class JobFacts:
         energy: Readings.
         levers: Levers that were on.
         crossed: Thresholds of budgets that were crossed and told of.
+        health: Verdicts on devices as they changed.
+        stragglers: Ranks that were found to be slow.
+        loaders: Loaders that were found to be slow.
+        hot_spots: Light profiles.
         progress: (seconds since the start, committed steps), in order, for plots.
     """
 
@@ -75,6 +83,10 @@ class JobFacts:
     levers: list[LeverApplied]
     crossed: list[BudgetCrossed]
     progress: list[tuple[float, int]]
+    health: list[HealthChanged] = field(default_factory=lambda: [])
+    stragglers: list[StragglerFound] = field(default_factory=lambda: [])
+    loaders: list[LoaderSlow] = field(default_factory=lambda: [])
+    hot_spots: list[HotSpots] = field(default_factory=lambda: [])
 
     @property
     def num_gpus(self) -> int:
@@ -126,6 +138,10 @@ def gather(summary: JobSummary, events: Iterable[Event], now_wall_s: float) -> J
         levers=list({event.lever: event for event in _of(found, LeverApplied)}.values()),
         crossed=_of(found, BudgetCrossed),
         progress=[(_between(begun, event), event.step) for event in progress],
+        health=_of(found, HealthChanged),
+        stragglers=_of(found, StragglerFound),
+        loaders=_of(found, LoaderSlow),
+        hot_spots=_of(found, HotSpots),
     )
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trainonce.ledger.economics import Audit, Energy
+    from trainonce.ledger.facts import JobFacts
     from trainonce.ledger.guarantee import Guarantee
     from trainonce.ledger.report import JobReport, Report, Totals
 
@@ -145,7 +146,29 @@ def _job(job: JobReport) -> list[str]:
         mark = "no lost progress" if incident.resolved else "PROGRESS LOST"
         apart = "" if incident.counts_as == "failure" else f", not counted: {incident.counts_as}"
         lines.append(f"    {number}. {incident.sentence} [{mark}{apart}]")
-    return [*lines, "", *_money(job)]
+    return [*lines, *_observed(job.facts), "", *_money(job)]
+
+
+def _observed(facts: JobFacts) -> list[str]:
+    """Return what was seen of devices, ranks, loaders and hot spots."""
+    lines = [
+        f"    {event.device or 'the host'} of {event.host}: {event.action}"
+        + (f", {event.reasons[0]}" if event.reasons else "")
+        for event in facts.health
+        if event.action in ("suspect", "migrate")
+    ]
+    lines += [f"    {event.reason}, while {event.cause}" for event in facts.stragglers]
+    lines += [
+        f"    a sample takes {event.sample_s * 1000:.0f} ms to load, mostly in {event.slowest};"
+        f" rank {event.rank} waited {percent(event.waited_share)} of the time: prepare it offline"
+        for event in facts.loaders
+    ]
+    if facts.hot_spots:
+        last = facts.hot_spots[-1]
+        spots = ", ".join(f"{name} {percent(share)}" for name, share in last.spots[:5])
+        where = "the device" if last.on_device else "the processor"
+        lines.append(f"    hot spots on {where} in epoch {last.epoch}: {spots}")
+    return ["", "  Seen:", *lines] if lines else []
 
 
 def _money(job: JobReport) -> list[str]:

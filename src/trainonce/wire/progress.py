@@ -26,6 +26,8 @@ _FIELDS = (
     "flops",  # floating-point operations of one step, this rank; 0 where unknown
     "generation",  # the generation this worker is consistent with
     "busy_until_mono_ns",  # saving or compiling: not a hang before this
+    "busy_ns",  # last committed section: until its last collective was issued, less waiting
+    "loader_ns",  # waited for the loader for the last committed section
     "peak_flops",  # operations per second of this rank's device at best; 0 where unknown
     "loss_bits",  # the last recorded scalar value, as float64 bits; NaN where none
 )

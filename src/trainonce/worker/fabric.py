@@ -414,7 +414,7 @@ class Fabric:
         """Move state, and go on in the new generation. Updates are held back."""
         assert self.host is not None
         host = self.host
-        newcomer = message.rank in message.newcomers
+        newcomer = self._is_newcomer(message)
         self._replayable.set()
         if newcomer:
             # Its script runs on through set-up, served from the log, to where it restores.

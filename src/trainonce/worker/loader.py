@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from trainonce.errors import DataError
+from trainonce.worker.loading import LoadingTimes
 from trainonce.worker.sampler import Order, global_batch_size, num_steps, share
 from trainonce.worker.seeds import derive_seed, seeded
 
@@ -92,7 +93,8 @@ class ShardedLoader:
         self._world_size = world_size
         self._order = Order(length, seed=seed, shuffle=shuffle, sampler=sampler)
         self._order_name = type(sampler).__name__ if sampler is not None else str(shuffle)
-        self._source = _SeededDataset(dataset, collate_fn or default_collate)
+        self.times = LoadingTimes()
+        self._source = _SeededDataset(dataset, collate_fn or default_collate, self.times)
         self._batches = _Batches()
         self._generator = torch.Generator()  # else a DataLoader draws from the global one
         self.bind(rank, world_size)
@@ -282,11 +284,13 @@ class _SeededDataset(Dataset[Any]):
     this object, and reads and sets attributes there.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.__dict__.update(_dataset=dataset, _collate=collate)
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], times: LoadingTimes
+    ) -> None:
+        self.__dict__.update(_dataset=dataset, _collate=collate, _times=times)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _SeededDataset, (self._dataset, self._collate)
+        return _SeededDataset, (self._dataset, self._collate, self._times)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_dataset"], name)
@@ -300,10 +304,14 @@ class _SeededDataset(Dataset[Any]):
     def __getitems__(self, keyed: tuple[int, Sequence[Any]]) -> Any:
         seed, indices = keyed
         read_many = getattr(self._dataset, "__getitems__", None)
-        with seeded(seed):
+
+        def read() -> Any:
             if read_many is not None:
                 return self._collate(read_many(indices))
             return self._collate([self._dataset[index] for index in indices])
+
+        with seeded(seed):
+            return self._times.load(len(indices), read)
 
 
 def _itself(batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 class Loops:
     """Runs `run.epochs` and `run.batches`.
+
+    Attributes:
+        waited_ns: How long batches were waited for in all, up to the last commit.
+        current_epoch: The epoch of the last loop over batches.
 
     Args:
         cursor: The open loops.
@@ -49,6 +54,9 @@ class Loops:
         self._places: dict[int, _Place] = {}
         self._restored: dict[int, _Place] = {}
         self._samples = 0
+        self._waited_ns = 0
+        self.waited_ns = 0
+        self.current_epoch = 0
 
     def record(self) -> list[list[Any]]:
         """Return where the open batch loops stand."""
@@ -62,6 +70,12 @@ class Loops:
         """Return the samples of the current batches that were not taken yet, all ranks."""
         samples, self._samples = self._samples, 0
         return samples
+
+    def take_waited_ns(self) -> int:
+        """Return how long batches were waited for since the last call."""
+        waited_ns, self._waited_ns = self._waited_ns, 0
+        self.waited_ns += waited_ns
+        return waited_ns
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """Yield the epochs that are not completed."""
@@ -130,12 +144,15 @@ class Loops:
         while max_steps is None or iteration < max_steps:
             begun = iteration
             batches = source.iterate(epoch, offset)
+            self.current_epoch = epoch
             try:
                 while max_steps is None or iteration < max_steps:
                     if restored is None:
                         self._fault_point("loader")
                     state = _state_of(source)
+                    asked_ns = time.monotonic_ns()
                     item = next(batches, None)
+                    self._waited_ns += time.monotonic_ns() - asked_ns
                     if item is None:
                         break
                     batch, after = item

@@ -125,6 +125,9 @@ class Runner:
         self.profiles = StepProfiles()
         self._calls = 0
         self._at_commit: list[Callable[[], object]] = []
+        self._waited_ns = 0
+        self._waiting_since_ns = 0
+        self.after_commit: list[Callable[[], object]] = []
         self._tokens = 0
         self._flops = 0
 
@@ -251,6 +254,7 @@ class Runner:
             self.shadow.wait()
             if self._holds_copies():
                 self.image = self.protected.image()
+        execution.waited_before_ns = self._waited_ns
         self.execution = execution
         if self.fabric is not None:
             self.fabric.early = self._completes_together
@@ -264,6 +268,9 @@ class Runner:
         execution, fabric, protected = self.execution, self.fabric, self.protected
         if execution is None or fabric is None or protected is None:
             return
+        if not execution.stepped:
+            spent_ns = time.monotonic_ns() - execution.begun_mono_ns
+            execution.busy_ns = spent_ns - (self._waited_ns - execution.waited_before_ns)
         if execution.stepped:
             execution.kind = max(execution.kind, UpdateKind.LATE)
         elif execution.profile.kind >= UpdateKind.OPAQUE and protected.parameters_changed():
@@ -412,6 +419,8 @@ class Runner:
             self.notify(Drained(step=self.commits))
             threading.Event().wait()
         self.follow_up()
+        for action in self.after_commit:
+            action()
         seed_between(self.seed, self.rank, self.commits)
 
     def follow_up(self) -> None:
@@ -514,6 +523,8 @@ class Runner:
         page["flops"] = self._flops
         self._tokens = self._flops = 0
         page["step_ns"] = now - execution.begun_mono_ns
+        page["busy_ns"] = execution.busy_ns or page["step_ns"]
+        page["loader_ns"] = self.loops.take_waited_ns()
         page["section_mono_ns"] = 0
         page["loss_bits"] = _scalar_bits(value)
         page["commits"] = self.commits
@@ -525,6 +536,11 @@ class Runner:
 
     def show_waiting(self, waiting: bool) -> None:
         """Say that the training thread waits in a collective, or no longer does."""
+        now = time.monotonic_ns()
+        if waiting:
+            self._waiting_since_ns = now
+        else:
+            self._waited_ns += now - self._waiting_since_ns
         inside = Phase.COMPUTING if self.execution is not None else Phase.BETWEEN
         self._set_phase(Phase.WAITING if waiting else inside)
 

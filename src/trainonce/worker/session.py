@@ -27,6 +27,7 @@ from trainonce.worker.group import BACKEND, OnceGroup
 from trainonce.worker.handover import Handover
 from trainonce.worker.link import Link
 from trainonce.worker.loader import ShardedLoader
+from trainonce.worker.observe import LightProfile, LoaderAdvice
 from trainonce.worker.peaks import peak_flops
 from trainonce.worker.runner import Runner, leave
 from trainonce.worker.shadow import check_redundancy
@@ -104,6 +105,11 @@ class Run:
                 notify,
                 self._leave_after_checkpoint,
             )
+        if link is not None and (seconds := _profile_s()):
+            profile = LightProfile(
+                seconds, self._runner.loops, lambda: self._promotion.rank, notify
+            )
+            self._runner.after_commit.append(profile.after_commit)
         self._join()
         self._initialising = False
 
@@ -240,16 +246,27 @@ class Run:
 
         Takes the options of `torch.utils.data.DataLoader`; see docs/data.md.
         """
-        loader = ShardedLoader(
-            dataset,
-            batch_size,
-            shuffle,
-            seed=self.seed,
-            world_size=self._world_size,
-            rank=self._promotion.rank if self._promotion.done else None,
-            **options,
+        loader = self._observed(
+            ShardedLoader(
+                dataset,
+                batch_size,
+                shuffle,
+                seed=self.seed,
+                world_size=self._world_size,
+                rank=self._promotion.rank if self._promotion.done else None,
+                **options,
+            )
         )
         self._use_for_rehearsal(loader)
+        return loader
+
+    def _observed(self, loader: ShardedLoader) -> ShardedLoader:
+        if self._link is not None:
+            loops = self._runner.loops
+            advice = LoaderAdvice(
+                loader.times, lambda: loops.waited_ns, lambda: self._promotion.rank, self._link.send
+            )
+            self._runner.after_commit.append(advice.after_commit)
         return loader
 
     # ------------------------------------------------------------------ joining
@@ -587,6 +604,15 @@ def _pci_address(device: torch.device) -> str:
         return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}"
     except AttributeError:  # an older torch: the launcher then cannot tell whose GPU is failing
         return ""
+
+
+def _profile_s() -> float:
+    try:
+        return max(0.0, float(settings.PROFILE_S.get() or 0))
+    except ValueError:
+        raise ConfigError(
+            f"{settings.PROFILE_S.name} is {settings.PROFILE_S.get()!r}", hint="give seconds"
+        ) from None
 
 
 def _leave_plainly() -> None:

@@ -78,6 +78,10 @@ class Execution:
     begun_mono_ns: int
     operations_before: int = 0
     """Collectives that this interval had issued when the execution began."""
+    waited_before_ns: int = 0
+    """What this process had waited in collectives before."""
+    busy_ns: int = 0
+    """Until the last collective was issued, less what was waited for others."""
     published: bool = False
     """Local state for its commit is in the mirror."""
     stepped: bool = False

@@ -88,6 +88,8 @@ def test_ramp_is_seen_through_noise_and_a_broken_reading() -> None:
         pytest.param(lambda i: 120.0 if i == 30 else 60.0, id="one absurd reading"),
         pytest.param(lambda i: 60 + 0.01 * i, id="a slow day's warming"),
         pytest.param(lambda i: 90 - 0.1 * i if i > 30 else 60.0, id="cooling down"),
+        pytest.param(lambda i: 120.0 if i == 59 else 60 + 0.05 * i, id="absurd while warming"),
+        pytest.param(lambda i: 255.0 if i in (40, 59) else 60 + 0.1 * i, id="absurd twice"),
         pytest.param(lambda i: None, id="no sensor"),
         pytest.param(lambda i: float("nan"), id="a sensor that gives no number"),
         pytest.param(lambda i: 82 + 4 * ((i // 6) % 2), id="breathing with the load"),
@@ -196,6 +198,13 @@ def test_watch_keeps_devices_apart_and_drops_what_comes_late() -> None:
     assert verdicts["a", "gpu0"].action is Action.NONE
     assert verdicts["a", "gpu1"].action is Action.MIGRATE
     assert watch.observe([Reading(mono_s=4, host="a", device="gpu1")]) == {}
+
+
+def test_device_that_floods_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainonce.fleet.health._MAX_READINGS", 20)
+    watch = HealthWatch()
+    watch.observe([Reading(mono_s=1.0, host="a", device="gpu0") for _ in range(50)])
+    assert len(watch._history["a", "gpu0"]) == 20
 
 
 @pytest.mark.parametrize("change", [{"window_s": 0}, {"hot_s": -1}, {"free_share": float("nan")}])

@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import select
 import socket
 import struct
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from trainonce.errors import ConfigError
 from trainonce.fleet.clocks.record import ClockRecord
-from trainonce.fleet.wire import PACKET_BYTES, Kind, Packet, Sealer
+from trainonce.fleet.prober import Ancillary, Prober, check_settings
+from trainonce.fleet.wire import PACKET_BYTES, Kind, Packet
 
 # Linux constants that the socket module does not name.
 _SO_TIMESTAMPING = 37
-_MSG_ERRQUEUE = 0x2000
 _TX_SOFTWARE, _RX_SOFTWARE, _REPORT_SOFTWARE = 1 << 1, 1 << 3, 1 << 4
 _TIMESPEC = struct.Struct("=qq")
 
-_HELLO_EVERY_S = 0.1
 _LINGER_S = 0.5
 # Below this share of kernel stamps, a host's stamps are all taken from user space.
 _MIN_COVERAGE = 0.9
@@ -62,27 +60,15 @@ class ClockProbeSettings:
     kernel_stamps: bool = True
 
     def __post_init__(self) -> None:
-        for address in (self.host, *self.peers):
-            try:
-                ipaddress.IPv4Address(address)
-            except ValueError as error:
-                raise ConfigError(
-                    f"{address!r} is not an IPv4 address", hint="give addresses, not names"
-                ) from error
-        if not self.peers or self.host in self.peers or len(set(self.peers)) < len(self.peers):
-            raise ConfigError(
-                f"the peers of {self.host} must be other hosts, each once: {self.peers}"
-            )
-        for name, low, high in (
-            ("port", 1024, 65_535),
-            ("duration_s", 0.1, 86_400),
-            ("pairs_per_s", 1, 10_000),
-            ("wait_s", 0, 3600),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(
-                    f"{name} must lie between {low} and {high}, not {getattr(self, name)}"
-                )
+        check_settings(
+            self,
+            (
+                ("port", 1024, 65_535),
+                ("duration_s", 0.1, 86_400),
+                ("pairs_per_s", 1, 10_000),
+                ("wait_s", 0, 3600),
+            ),
+        )
 
     def neighbours(self) -> list[str]:
         """Return the peers that are probed."""
@@ -106,51 +92,25 @@ def probe_clocks(settings: ClockProbeSettings) -> ClockRecord:
         return prober.finish()
 
 
-class _ClockProber:
+class _ClockProber(Prober):
     def __init__(self, settings: ClockProbeSettings) -> None:
         self._settings = settings
-        self._sealer = Sealer(settings.token)
         self._neighbours = settings.neighbours()
-        self._heard: set[str] = set()
-        self._met: set[str] = set()
+        super().__init__(settings, self._neighbours, base_port=settings.port, ports=1)
         # When each probe left and came, by the kernel and by this process.
         self._left: dict[_Key, int] = {}
         self._left_user: dict[_Key, int] = {}
         self._came: dict[_Key, int] = {}
         self._came_user: dict[_Key, int] = {}
-        self._strangers = 0
 
-    def __enter__(self) -> _ClockProber:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
-            if self._settings.kernel_stamps:
-                with contextlib.suppress(OSError):  # no stamps: user space takes them
-                    self._socket.setsockopt(
-                        socket.SOL_SOCKET,
-                        _SO_TIMESTAMPING,
-                        _TX_SOFTWARE | _RX_SOFTWARE | _REPORT_SOFTWARE,
-                    )
-            self._socket.bind((self._settings.host, self._settings.port))
-            self._socket.setblocking(False)
-        except OSError as error:
-            self._socket.close()
-            raise ConfigError(
-                f"cannot listen on {self._settings.host}:{self._settings.port}: {error.strerror}",
-                hint="give this host's own address, and a port no one else uses (--port)",
-            ) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def meet(self) -> None:
-        """Say hello until every neighbour has heard it, or the wait is over."""
-        end_s = time.monotonic() + self._settings.wait_s
-        while self._met < set(self._neighbours) and time.monotonic() < end_s:
-            self._greet()
-            self._receive_for(_HELLO_EVERY_S)
-        self._greet()
+    def _prepare(self, bound: socket.socket) -> None:
+        if self._settings.kernel_stamps:
+            with contextlib.suppress(OSError):  # no stamps: user space takes them
+                bound.setsockopt(
+                    socket.SOL_SOCKET,
+                    _SO_TIMESTAMPING,
+                    _TX_SOFTWARE | _RX_SOFTWARE | _REPORT_SOFTWARE,
+                )
 
     def probe(self) -> None:
         """Send pairs to one neighbour after the other, at uneven times so that no load hides."""
@@ -188,42 +148,26 @@ class _ClockProber:
                 table.setdefault(peer, []).append((pair, which, time_ns))
         return record
 
-    def _greet(self) -> None:
+    def _greet(self, kind: Kind) -> None:
         for peer in self._neighbours:
-            self._send(Kind.HELLO, peer, 0, int(peer in self._heard))
+            self._send(kind, peer, 0, int(peer in self._heard))
 
     def _send(self, kind: Kind, peer: str, which: int, number: int) -> None:
         packet = Packet(kind, which, number, time.time_ns())
         data = self._sealer.pack(packet, src=self._settings.host, dst=peer)
         left_ns = time.time_ns()
         with contextlib.suppress(OSError):  # a full queue: this probe does not count
-            self._socket.sendto(data, (peer, self._settings.port))
+            self._sockets[0].sendto(data, (peer, self._settings.port))
             if kind is Kind.PROBE:
                 self._left_user[peer, number, which] = left_ns
 
-    def _receive_for(self, limit_s: float) -> None:
-        end_s = time.monotonic() + limit_s
-        while True:
-            self._drain()
-            left_s = end_s - time.monotonic()
-            if left_s <= 0:
-                return
-            select.select([self._socket], [], [], left_s)
-
-    def _drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                data, control, _, source = self._socket.recvmsg(PACKET_BYTES + 1, 256)
-                self._take(data, control, source[0], time.time_ns())
-        with contextlib.suppress(OSError):  # empty
-            while True:
-                # The kernel hands back the frame it stamped; ours is the end of it.
-                data, control, _, target = self._socket.recvmsg(512, 512, _MSG_ERRQUEUE)
-                host, peer = self._settings.host, self._peer_of(data, target)
-                packet = self._sealer.unpack(data[-PACKET_BYTES:], src=host, dst=peer)
-                stamp_ns = _kernel_stamp_ns(control)
-                if packet and packet.kind is Kind.PROBE and stamp_ns:
-                    self._left.setdefault((peer, packet.seq, packet.port), stamp_ns)
+    def _take_error(self, data: bytes, port: int, control: Ancillary, target: Any) -> None:
+        # The kernel hands back the frame it stamped; ours is the end of it.
+        peer = self._peer_of(data, target)
+        packet = self._sealer.unpack(data[-PACKET_BYTES:], src=self._host, dst=peer)
+        stamp_ns = _kernel_stamp_ns(control)
+        if packet and packet.kind is Kind.PROBE and stamp_ns:
+            self._left.setdefault((peer, packet.seq, packet.port), stamp_ns)
 
     def _peer_of(self, frame: bytes, target: tuple[str, int] | None) -> str:
         """Return whom a frame of ours went to: the IP header before the payload says it."""
@@ -232,16 +176,7 @@ class _ClockProber:
             return socket.inet_ntoa(header[-12:-8])
         return target[0] if target else "0.0.0.0"
 
-    def _take(
-        self, data: bytes, control: list[tuple[int, int, bytes]], peer: str, came_ns: int
-    ) -> None:
-        packet = self._sealer.unpack(data, src=peer, dst=self._settings.host)
-        if packet is None or peer not in self._neighbours:
-            self._strangers += 1
-            return
-        self._heard.add(peer)
-        if packet.kind is not Kind.HELLO or packet.seq:
-            self._met.add(peer)
+    def _take(self, packet: Packet, peer: str, port: int, control: Ancillary, came_ns: int) -> None:
         if packet.kind is Kind.PROBE and packet.port in (0, 1):
             key = (peer, packet.seq, packet.port)
             self._came_user.setdefault(key, came_ns)
@@ -249,7 +184,7 @@ class _ClockProber:
                 self._came.setdefault(key, stamp_ns)
 
 
-def _kernel_stamp_ns(control: list[tuple[int, int, bytes]]) -> int:
+def _kernel_stamp_ns(control: Ancillary) -> int:
     for level, kind, data in control:
         if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPING and len(data) >= 16:
             seconds, nanoseconds = _TIMESPEC.unpack(data[:16])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainonce.errors import ConfigError
+from trainonce.fleet.records import address, read_record, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,11 +44,7 @@ class ClockRecord:
         Raises:
             ConfigError: The file cannot be written.
         """
-        record = {"format": _FORMAT, **self.__dict__}
-        try:
-            path.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        write_record(path, {"format": _FORMAT, **self.__dict__})
 
     @classmethod
     def read(cls, path: Path) -> ClockRecord:
@@ -59,40 +53,24 @@ class ClockRecord:
         Raises:
             ConfigError: The file cannot be read, or holds anything but a record.
         """
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise ConfigError(f"{path} is larger than a record may be")
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
-        try:
-            return cls._from_raw(raw)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"{path} is not a record of `trainonce fleet clock-probe`: {error}",
-                hint="pass the files that its --out wrote, one of each host",
-            ) from error
+        return read_record(
+            path,
+            cls._from_raw,
+            form=_FORMAT,
+            command="trainonce fleet clock-probe",
+            max_bytes=MAX_FILE_BYTES,
+        )
 
     @classmethod
     def _from_raw(cls, raw: Any) -> ClockRecord:
-        if raw["format"] != _FORMAT:
-            raise ValueError(f"its format is {raw['format']!r}, not {_FORMAT!r}")
-        if raw["stamps"] not in ("kernel", "user"):
-            raise ValueError(f"unknown stamps {raw['stamps']!r}")
         return cls(
-            host=_address(raw["host"]),
+            host=address(raw["host"]),
             stamps=raw["stamps"],
-            sent={_address(peer): _stamps(each) for peer, each in raw["sent"].items()},
-            received={_address(peer): _stamps(each) for peer, each in raw["received"].items()},
-            unreachable=[_address(peer) for peer in raw["unreachable"]],
+            sent={address(peer): _stamps(each) for peer, each in raw["sent"].items()},
+            received={address(peer): _stamps(each) for peer, each in raw["received"].items()},
+            unreachable=[address(peer) for peer in raw["unreachable"]],
             strangers=int(raw["strangers"]),
         )
-
-
-def _address(value: Any) -> str:
-    return str(ipaddress.IPv4Address(str(value)))
 
 
 def _stamps(value: Any) -> list[Stamp]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from trainonce.errors import TrainOnceError
@@ -121,7 +121,7 @@ class Book:
         with self._lock:
             self._forget(now_s)
             return [
-                Entry(**{**vars(entry), "is_fresh": now_s - entry.heard_mono_s < self._stale_s})
+                replace(entry, is_fresh=now_s - entry.heard_mono_s < self._stale_s)
                 for _, entry in sorted(self._entries.items())
             ]
 

@@ -138,7 +138,6 @@ class Collector(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Collector
     timeout = _REQUEST_S
     protocol_version = "HTTP/1.0"
     server_version = "trainonce"
@@ -151,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif not self._is_allowed():
             self._refuse(RefusedError("token", "the token is missing or wrong"))
         elif self.path == "/metrics":
-            self._answer(HTTPStatus.OK, render(self.server.book), CONTENT_TYPE)
+            self._answer(HTTPStatus.OK, render(self._collector.book), CONTENT_TYPE)
         else:
             self._answer(HTTPStatus.NOT_FOUND, "there are /metrics, /v1/report and /healthz\n")
 
@@ -170,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = self.rfile.read(int(text))
             if len(data) < int(text):
                 raise RefusedError("request", "the report ended early")
-            self.server.book.take(data, self.client_address[0])
+            self._collector.book.take(data, self.client_address[0])
         except RefusedError as error:
             self._refuse(error)
             return
@@ -179,13 +178,18 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the metrics count."""
 
+    @property
+    def _collector(self) -> Collector:
+        assert isinstance(self.server, Collector)
+        return self.server
+
     def _is_allowed(self) -> bool:
-        token = self.server.token
+        token = self._collector.token
         shown = self.headers.get("Authorization", "")
         return not token or hmac.compare_digest(shown.encode(), f"Bearer {token}".encode())
 
     def _refuse(self, error: RefusedError) -> None:
-        self.server.book.refuse(error.reason)
+        self._collector.book.refuse(error.reason)
         self._answer(_STATUS[error.reason], error.message + "\n")
 
     def _answer(self, status: HTTPStatus, text: str, kind: str = "text/plain") -> None:

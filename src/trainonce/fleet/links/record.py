@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainonce.errors import ConfigError
+from trainonce.fleet.records import address, read_record, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,20 +50,19 @@ class HostRecord:
         Raises:
             ConfigError: The file cannot be written.
         """
-        record = {
-            "format": _FORMAT,
-            "host": self.host,
-            "stamps": self.stamps,
-            "hops": [[*key, hops] for key, hops in self.hops.items()],
-            "sent": [[*key, sent] for key, sent in self.sent.items()],
-            "received": [[*key, rows] for key, rows in self.received.items()],
-            "unreachable": self.unreachable,
-            "strangers": self.strangers,
-        }
-        try:
-            path.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        write_record(
+            path,
+            {
+                "format": _FORMAT,
+                "host": self.host,
+                "stamps": self.stamps,
+                "hops": [[*key, hops] for key, hops in self.hops.items()],
+                "sent": [[*key, sent] for key, sent in self.sent.items()],
+                "received": [[*key, rows] for key, rows in self.received.items()],
+                "unreachable": self.unreachable,
+                "strangers": self.strangers,
+            },
+        )
 
     @classmethod
     def read(cls, path: Path) -> HostRecord:
@@ -74,54 +71,38 @@ class HostRecord:
         Raises:
             ConfigError: The file cannot be read, or holds anything but a record.
         """
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise ConfigError(f"{path} is larger than a record may be")
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from error
-        try:
-            return cls._from_raw(raw)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path} is not a record of `trainonce fleet probe`: {error}",
-                hint="pass the files that its --out wrote, one of each host",
-            ) from error
+        return read_record(
+            path,
+            cls._from_raw,
+            form=_FORMAT,
+            command="trainonce fleet probe",
+            max_bytes=MAX_FILE_BYTES,
+        )
 
     @classmethod
     def _from_raw(cls, raw: Any) -> HostRecord:
-        if raw["format"] != _FORMAT:
-            raise ValueError(f"its format is {raw['format']!r}, not {_FORMAT!r}")
-        if raw["stamps"] not in ("kernel", "user"):
-            raise ValueError(f"unknown stamps {raw['stamps']!r}")
         return cls(
-            host=_address(raw["host"]),
+            host=address(raw["host"]),
             stamps=raw["stamps"],
             hops={_key(row): _hops(row[2]) for row in raw["hops"]},
             sent={_key(row): _count(row[2]) for row in raw["sent"]},
             received={_key(row): _arrivals(row[2]) for row in raw["received"]},
-            unreachable=[_address(peer) for peer in raw["unreachable"]],
+            unreachable=[address(peer) for peer in raw["unreachable"]],
             strangers=int(raw["strangers"]),
         )
-
-
-def _address(value: Any) -> str:
-    return str(ipaddress.IPv4Address(str(value)))
 
 
 def _key(row: Any) -> FlowKey:
     peer, port, _ = row
     if not isinstance(port, int) or not 0 <= port < 65_536:
         raise ValueError(f"port {port!r}")
-    return _address(peer), port
+    return address(peer), port
 
 
 def _hops(value: Any) -> list[str | None]:
     if not isinstance(value, list) or len(value) > MAX_HOPS:
         raise ValueError("hops that are no short list")
-    return [None if hop is None else _address(hop) for hop in value]
+    return [None if hop is None else address(hop) for hop in value]
 
 
 def _count(value: Any) -> int:

@@ -1,0 +1,72 @@
+"""Files with what one host measured: written by it, and read by others that do not trust it."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trainonce.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+R = TypeVar("R")
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_record(
+    path: Path, parse: Callable[[Any], R], *, form: str, command: str, max_bytes: int
+) -> R:
+    """Read a record, in which nothing is trusted unchecked.
+
+    Args:
+        path: Of the file.
+        parse: Makes the record; raises KeyError, TypeError or ValueError for what is none.
+        form: Format that the record must name.
+        command: Which command writes such files.
+        max_bytes: A larger file is not read.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds anything but a record.
+    """
+    try:
+        if path.stat().st_size > max_bytes:
+            raise ConfigError(f"{path} is larger than a record may be")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    try:
+        if raw["format"] != form:
+            raise ValueError(f"its format is {raw['format']!r}, not {form!r}")
+        if raw["stamps"] not in ("kernel", "user"):
+            raise ValueError(f"unknown stamps {raw['stamps']!r}")
+        return parse(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not a record of `{command}`: {error}",
+            hint="pass the files that its --out wrote, one of each host",
+        ) from error
+
+
+def address(value: Any) -> str:
+    """Return an IPv4 address.
+
+    Raises:
+        ValueError: `value` is none.
+    """
+    return str(ipaddress.IPv4Address(str(value)))

@@ -160,10 +160,22 @@ def main() -> None:
     parser.add_argument("--no-result", action="store_true", help="print, and write no file")
     args = parser.parse_args()
     path = result_path(__file__, args.hardware)
-    overhead = [measure(name, args.repeats) for name in CASES if args.cases in name]
-    recovery = [recover(name, model) for name, model in SHARDS.items() if args.shards in name]
-    if not args.no_result:
-        write_result(path, {"config": vars(args), "overhead": overhead, "recovery": recovery})
+    overhead: list[dict[str, Any]] = []
+    recovery: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        if not args.no_result:
+            record = {"config": vars(args), "overhead": overhead, "recovery": recovery}
+            write_result(path, record)
+
+    for name, model in SHARDS.items():
+        if args.shards in name:
+            recovery.append(recover(name, model))
+            keep()
+    for name in CASES:
+        if args.cases in name:
+            overhead.append(measure(name, args.repeats))
+            keep()
     print(markdown(overhead, recovery))
 
 

@@ -142,6 +142,11 @@ def result_path(script: str, hardware: str) -> Path:
     return folder / f"{date}_{hardware}_{commit()}.json"
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """Return what an earlier run at the same commit wrote, for a run that adds to it."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write or rewrite a result, with what it depends on."""
     record = {"machine": machine(), "commit": path.stem.rsplit("_")[-1], **result}

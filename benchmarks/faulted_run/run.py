@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -87,35 +88,44 @@ def main() -> None:
         for kind, found in runs.items():
             found.append(run_once(kind, args))
             print(kind, json.dumps(found[-1]), flush=True)
+        result = judge(runs, args)
+        write_result(path, {"config": vars(args), "runs": runs, **result})
+    rows = [
+        [name, f"{found['median']:.3f}", f"{found['min']:.3f} to {found['max']:.3f}"]
+        for name, found in result["ratios"].items()
+    ]
+    print(table([["ratio", "median", "range"], *rows]))
+    print("same bits:", result["all_bits_equal"])
+
+
+def judge(runs: dict[str, list[Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Compare the kinds of run, and the pauses of the ledger with the time of training."""
     kills = len(range(args.every, args.steps, args.every))
     assert all(one["incidents"] == kills for one in runs["ranks killed"]), "a kill did not fire"
-    seconds = {kind: [one["seconds"] for one in found] for kind, found in runs.items()}
-    faulted = seconds["ranks killed"]
+    calm, spares, faulted = ([one["seconds"] for one in found] for found in runs.values())
+    pauses = [sum(one["pauses_s"]) for one in runs["ranks killed"]]
     # Each kill has the dead rank's share of one step computed again.
-    share = [one * kills / (args.steps - _FROM_STEP) for one in seconds["no faults"]]
+    share = [one * kills / (args.steps - _FROM_STEP) for one in calm]
     ratios = {
-        "faulted over fault-free": summary(
-            a / b for a, b in zip(faulted, seconds["no faults"], strict=True)
-        ),
-        "beyond the dead rank's share": summary(
-            (a - s) / b for a, b, s in zip(faulted, seconds["no faults"], share, strict=True)
-        ),
-        "new workers alone over fault-free": summary(
-            a / b for a, b in zip(seconds["spares killed"], seconds["no faults"], strict=True)
-        ),
-        "faulted over new workers alone, beyond the share": summary(
-            (a - s) / b for a, b, s in zip(faulted, seconds["spares killed"], share, strict=True)
-        ),
+        "faulted over fault-free": [a / b for a, b in zip(faulted, calm, strict=True)],
+        "beyond the dead rank's share": [
+            (a - s) / b for a, b, s in zip(faulted, calm, share, strict=True)
+        ],
+        "new workers alone over fault-free": [a / b for a, b in zip(spares, calm, strict=True)],
+        "faulted over new workers alone, beyond the share": [
+            (a - s) / b for a, b, s in zip(faulted, spares, share, strict=True)
+        ],
+        "pauses beyond the share, over the time without them": [
+            1 + (p - s) / (a - p) for a, p, s in zip(faulted, pauses, share, strict=True)
+        ],
+        "noise: fault-free over the median": [one / statistics.median(calm) for one in calm],
     }
-    equal = len({digest for found in runs.values() for one in found for digest in one["digests"]})
-    result = {"config": vars(args), "kills_a_run": kills, "runs": runs, "ratios": ratios,
-              "all_bits_equal": equal == 1}  # fmt: skip
-    write_result(path, result)
-    print(table([["ratio", "median", "range"], *(
-        [name, f"{found['median']:.3f}", f"{found['min']:.3f} to {found['max']:.3f}"]
-        for name, found in ratios.items()
-    )]))  # fmt: skip
-    print("same bits:", equal == 1)
+    digests = {digest for found in runs.values() for one in found for digest in one["digests"]}
+    return {
+        "kills_a_run": kills,
+        "ratios": {name: summary(values) for name, values in ratios.items()},
+        "all_bits_equal": len(digests) == 1,
+    }
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from harness import (
     TORCHRUN,
     default_hardware,
     environment,
+    read_result,
     result_path,
     summary,
     table,
@@ -35,6 +36,7 @@ MODELS = {  # name: (model, steps in the window)
     "mlp 8 thousand": ("mlp:64:2:32", 2000),
     "mlp 0.8 million": ("mlp:256:12:128", 400),
     "gpt 0.9 million, 1024 tokens": ("gpt:128:4:16", 60),
+    "gpt 0.9 million, 8192 tokens": ("gpt:128:4:128", 8),
     "gpt 3.3 million, 2048 tokens": ("gpt:256:4:32", 15),
 }
 
@@ -131,11 +133,12 @@ def main() -> None:
     parser.add_argument("--no-result", action="store_true", help="print, and write no file")
     args = parser.parse_args()
     path = result_path(__file__, args.hardware)
-    results: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = read_result(path).get("results", [])
     names = [name for name in MODELS if args.models in name]
     for ranks in map(int, args.ranks.split(",")):
         for name in names:
             model, steps = MODELS[name]
+            results = [r for r in results if (r["name"], r["ranks"]) != (name, ranks)]
             results.append({"name": name, **measure(model, steps, ranks, args.repeats)})
             if not args.no_result:
                 write_result(path, {"config": vars(args), "results": results})

@@ -37,6 +37,7 @@ from harness import (
     environment,
     incidents,
     read_records,
+    read_result,
     result_path,
     stop,
     summary,
@@ -340,7 +341,7 @@ def main() -> None:
     parser.add_argument("--no-result", action="store_true", help="print, and write no file")
     args = parser.parse_args()
     path = result_path(__file__, args.hardware)
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] = read_result(path).get("sizes", {})
     for name in args.sizes.split(","):
         sizes[name] = measure(name, args)
         print(name, json.dumps(sizes[name]["summary"], indent=1), flush=True)

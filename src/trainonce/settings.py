@@ -25,6 +25,7 @@ HOME = EnvVar("TRAINONCE_HOME", "folder of the ledger, checkpoints and logs (~/.
 STORE = EnvVar("TRAINONCE_STORE", "folder or URL of the graph's store ($TRAINONCE_HOME/store)")
 PROJECT = EnvVar("TRAINONCE_PROJECT", "project tag under which the ledger books a job")
 PRECISION = EnvVar("TRAINONCE_PRECISION", "default precision lever for a whole cluster")
+PRELOAD = EnvVar("TRAINONCE_PRELOAD", "0: start spares afresh, not by a fork (1)")
 
 # Set by the launcher for its workers; users do not set these.
 JOB = EnvVar("TRAINONCE_JOB", "set by the launcher: id of the job")
@@ -35,7 +36,10 @@ SPARE = EnvVar("TRAINONCE_SPARE", "set by the launcher: 1 in a worker that holds
 
 TEST_RECORDS = EnvVar("TRAINONCE_TEST_RECORDS", "set by trainonce.testing: folder for records")
 
-ALL = (HOME, STORE, PROJECT, PRECISION, JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE, TEST_RECORDS)
+ALL = (
+    HOME, STORE, PROJECT, PRECISION, PRELOAD, JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE,
+    TEST_RECORDS,
+)  # fmt: skip
 
 
 def home() -> Path:

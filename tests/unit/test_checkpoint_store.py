@@ -251,6 +251,24 @@ def test_two_writers_of_one_step_leave_two_sound_checkpoints(tmp_path: Path) -> 
         assert manifest.read(tmp_path / name).damage() is None
 
 
+def test_a_folder_whose_writer_is_just_locking_it_is_not_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, asked = CheckpointStore(tmp_path), []
+
+    def lock_after_a_prune(descriptor: int, operation: int) -> None:
+        if not asked:
+            asked.append(operation)
+            other.prune()
+        flock(descriptor, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lock_after_a_prune)
+    save(CheckpointStore(tmp_path), 1)
+    assert asked
+    assert_holds(other, 1)
+
+
 def test_saving_a_step_again_makes_the_later_one_the_newest(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     save(store, 7)

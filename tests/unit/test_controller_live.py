@@ -39,6 +39,15 @@ def test_a_plain_line_appears_every_few_seconds_with_rates():
     ]
 
 
+def test_utilisation_is_shown_where_operations_and_peak_are_known():
+    clock = FakeClock()
+    view = LiveView(io.StringIO(), clock)
+    for step in range(11):
+        view.show(snapshot(step, flops_per_step=3 * 10**12, peak_flops=10 * 10**12))
+        clock.advance(1.0)
+    assert "3 TFLOP/s · MFU 30.0%" in view.line()
+
+
 def test_rates_start_anew_after_a_restart_from_a_checkpoint():
     clock = FakeClock()
     view = LiveView(io.StringIO(), clock)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import uuid
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -59,17 +60,44 @@ def sync_folder(folder: Path) -> None:
 def try_lock(path: Path, *, create: bool) -> int | None:
     """Lock the file `path` until the descriptor returned is closed.
 
-    The kernel gives the lock back when its process dies, however that happens.
+    The kernel gives the lock back when its process dies, however that happens. A file that is
+    created here is locked before it has its name, so that nobody finds it unlocked.
 
     Returns:
         A descriptor that the caller owns; None where somebody has the lock.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no folder to create it in.
     """
-    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+    if create:
+        with contextlib.suppress(FileExistsError):
+            return _create_locked(path)
+    descriptor = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its owner may have removed it since it was opened.
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except BlockingIOError:
+        pass
     except OSError:
         os.close(descriptor)
-        return None
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _create_locked(path: Path) -> int:
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.link(part, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    finally:
+        part.unlink(missing_ok=True)
     return descriptor
 
 

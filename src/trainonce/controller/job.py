@@ -196,8 +196,16 @@ class Job:
         """Start a worker for `rank`, or a spare."""
         worker = self._next_worker
         self._next_worker += 1
+        process = self.engine.start(self._spec(worker, rank))
+        handle = WorkerHandle(worker=worker, process=process, rank=rank)
+        self.workers[worker] = handle
+        self.selector.register(process.exit_fd, selectors.EVENT_READ, ("exit", handle))
+        self.selector.register(process.channel.fileno(), selectors.EVENT_READ, ("message", handle))
+        return handle
+
+    def _spec(self, worker: int, rank: int) -> LaunchSpec:
         stdout, stderr = self.logs.files(rank, worker, self.membership.incarnation)
-        spec = LaunchSpec(
+        return LaunchSpec(
             worker=worker,
             command=environment.command(self.options, rank),
             env=environment.environment(
@@ -212,12 +220,10 @@ class Job:
             stdout=stdout,
             stderr=stderr,
         )
-        process = self.engine.start(spec)
-        handle = WorkerHandle(worker=worker, process=process, rank=rank)
-        self.workers[worker] = handle
-        self.selector.register(process.exit_fd, selectors.EVENT_READ, ("exit", handle))
-        self.selector.register(process.channel.fileno(), selectors.EVENT_READ, ("message", handle))
-        return handle
+
+    def preload(self) -> None:
+        """Let the engine prepare for the start of spares."""
+        self.engine.preload(self._spec(self._next_worker, -1))
 
     def forget(self, handle: WorkerHandle) -> None:
         """Release a worker that was reaped."""

@@ -18,12 +18,13 @@ _LIVE_EVERY_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The state of a job at one moment. Samples and tokens count all ranks."""
+    """The state of a job at one moment. Samples, tokens and operations count all ranks."""
 
     step: int
     samples: int = 0
     tokens: int = 0
     flops_per_step: int = 0
+    peak_flops: int = 0
     ranks_alive: int
     world_size: int
     spares_ready: int
@@ -93,6 +94,8 @@ class LiveView:
                 parts.append(f"{_count((last.tokens - first.tokens) / span_s)} tokens/s")
             if last.flops_per_step:
                 parts.append(f"{_count(last.flops_per_step * rate)}FLOP/s")
+                if last.peak_flops:
+                    parts.append(f"MFU {last.flops_per_step * rate / last.peak_flops:.1%}")
         if last.loss is not None:
             parts.append(f"loss {last.loss:.4g}")
         parts.append(f"{last.ranks_alive}/{last.world_size} ranks")

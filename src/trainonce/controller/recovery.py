@@ -34,6 +34,7 @@ _MAX_SPARE_DEATHS = 3
 _FENCE_S = 5.0
 # Starting a worker takes a core for seconds: not before the step that ends the pause.
 _NEW_SPARE_DELAY_S = 0.5
+_PREPARING_S = 0.1
 
 
 class Recovery:
@@ -51,6 +52,7 @@ class Recovery:
         self._restarts = 0
         self._spare_deaths = 0
         self._reforms: tuple[int, int] = (-1, 0)
+        self._start_is_due = False
 
     # ------------------------------------------------------------------ deaths
 
@@ -247,8 +249,24 @@ class Recovery:
             or self._spare_deaths >= _MAX_SPARE_DEATHS
         ):  # fmt: skip
             return
-        for _ in range(job.options.spares - len(job.spares())):
-            job.start_worker()
+        self._start(job.options.spares - len(job.spares()))
+
+    def _start(self, count: int) -> None:
+        """Start spares, as soon as the engine can do so quickly."""
+        job = self._job
+        if count <= 0 or self._start_is_due:
+            return
+        if not job.engine.preparing:
+            for _ in range(count):
+                job.start_worker()
+            return
+        self._start_is_due = True
+        job.timers.after(_PREPARING_S, self._start_now)
+
+    def _start_now(self) -> None:
+        self._start_is_due = False
+        self.serve()
+        self.keep_spares()
 
     def _announce(self, replacements: dict[int, int]) -> None:
         job = self._job
@@ -288,8 +306,7 @@ class Recovery:
             incident = job.incidents.open[-1]
             action = "waiting for a spare to start" if usable else "starting a new worker"
             job.say(f"{what_happened(incident)}; no spare is ready, {action}")
-        for _ in range(wanted - len(usable)):
-            job.start_worker()
+        self._start(wanted - len(usable))
 
     def _reform_if_unexplained(self, generation: int, error: str) -> None:
         job = self._job

@@ -245,6 +245,8 @@ class Supervisor:
             self.watch.tell(handle)
             self.recovery.serve()
         if first:
+            if message.preloadable and settings.PRELOAD.get() != "0":
+                job.preload()
             self.recovery.keep_spares()
 
     def _on_ready(self, handle: WorkerHandle, message: messages.Ready) -> None:

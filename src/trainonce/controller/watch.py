@@ -113,6 +113,7 @@ class Watch:
             samples=max(sum(p["samples"] for _h, p in pages), 0),
             tokens=sum(p["tokens"] for _h, p in pages),
             flops_per_step=sum(p["flops"] for _h, p in pages),
+            peak_flops=sum(p["peak_flops"] for _h, p in pages),
             ranks_alive=len(pages),
             world_size=job.options.nproc,
             spares_ready=sum(bool(h.parked) for h in job.spares()),

@@ -42,7 +42,7 @@ class ExitStatus:
 
     def __str__(self) -> str:
         if not self.signum:
-            return f"exit code {self.code}"
+            return f"exit code {self.code}" if self.code >= 0 else "an unknown exit status"
         try:
             return signal.Signals(self.signum).name
         except ValueError:
@@ -110,6 +110,15 @@ class Engine(Protocol):
         Raises:
             ConfigError: The program cannot be started at all.
         """
+        ...
+
+    def preload(self, spec: LaunchSpec) -> None:
+        """Prepare to start more workers like `spec` quickly, where the engine knows a way."""
+        ...
+
+    @property
+    def preparing(self) -> bool:
+        """Whether it does so now, so that a start that is not urgent had better wait."""
         ...
 
     def maintain(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import struct
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from trainonce import settings
 from trainonce.engines.base import ExitStatus
 from trainonce.engines.guard import Guard
+from trainonce.engines.template import Template
 from trainonce.errors import ConfigError
 from trainonce.wire.channel import Channel
 from trainonce.wire.progress import Progress
@@ -26,14 +28,28 @@ _SEND_TIMEOUT_S = 1
 
 
 class LocalProcess:
-    """A worker of this host: leader of its own session, watched through a pidfd."""
+    """A worker of this host: leader of its own session, watched through a pidfd.
+
+    Args:
+        pid: Its process id.
+        parent: Who has to collect it: this process (a `Popen`), or a template.
+        channel: The launcher's end of the control connection.
+        progress: The page on which it says where it stands.
+        guard: Ends it should the launcher be killed.
+    """
 
     def __init__(
-        self, popen: subprocess.Popen[bytes], channel: Channel, progress: Progress, guard: Guard
+        self,
+        pid: int,
+        parent: subprocess.Popen[bytes] | Template,
+        channel: Channel,
+        progress: Progress,
+        guard: Guard,
     ) -> None:
-        self._popen = popen
+        self._pid = pid
+        self._parent = parent
         self._guard = guard
-        self._pidfd = os.pidfd_open(popen.pid)
+        self._pidfd = os.pidfd_open(pid)
         self._channel = channel
         self._progress = progress
         self._status: ExitStatus | None = None
@@ -41,7 +57,7 @@ class LocalProcess:
     @property
     def pid(self) -> int:
         """Process id; also the id of its process group and session."""
-        return self._popen.pid
+        return self._pid
 
     @property
     def channel(self) -> Channel:
@@ -70,16 +86,21 @@ class LocalProcess:
             # While the leader is not yet collected its id cannot be given to another process,
             # so this reaches exactly our group: loader children, mostly.
             self.signal_group(signal.SIGKILL)
-            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-            assert info is not None
-            if info.si_code == os.CLD_EXITED:
-                self._status = ExitStatus(code=info.si_status)
-                self._popen.returncode = info.si_status
-            else:
-                self._status = ExitStatus(signum=info.si_status)
-                self._popen.returncode = -info.si_status
+            self._status = self._collect()
             self._guard.remove(self.pid)
         return self._status
+
+    def _collect(self) -> ExitStatus:
+        if isinstance(self._parent, Template):
+            select.select([self._pidfd], [], [])  # its parent answers nobody else meanwhile
+            return self._parent.reap(self._pid)
+        info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        assert info is not None
+        if info.si_code == os.CLD_EXITED:
+            self._parent.returncode = info.si_status
+            return ExitStatus(code=info.si_status)
+        self._parent.returncode = -info.si_status
+        return ExitStatus(signum=info.si_status)
 
     def trust(self) -> None:
         """Grant the worker time to end by itself should the launcher die."""
@@ -114,6 +135,7 @@ class LocalEngine:
 
     def __init__(self, *, grace_s: float = 120.0) -> None:
         self._guard = Guard(grace_s=grace_s)
+        self._template: Template | None = None
 
     @property
     def host(self) -> str:
@@ -130,22 +152,15 @@ class LocalEngine:
         channel, theirs = Channel.pair()
         _limit_sending(channel)
         progress, progress_fd = Progress.create()
-        env = {
-            **spec.env,
-            settings.CONTROL_FD.name: str(theirs.fileno()),
-            settings.PROGRESS_FD.name: str(progress_fd),
-        }
         try:
             with contextlib.ExitStack() as files:
-                popen = subprocess.Popen(
-                    spec.command,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=files.enter_context(spec.stdout.open("ab")) if spec.stdout else None,
-                    stderr=files.enter_context(spec.stderr.open("ab")) if spec.stderr else None,
-                    start_new_session=True,
-                    pass_fds=(theirs.fileno(), progress_fd),
-                )
+                outputs = {
+                    number: files.enter_context(path.open("ab")).fileno()
+                    for number, path in ((1, spec.stdout), (2, spec.stderr))
+                    if path is not None
+                }
+                fds = (theirs.fileno(), progress_fd)
+                pid, parent = self._fork(spec, fds, outputs) or self._spawn(spec, fds, outputs)
         except OSError as error:
             channel.close()
             progress.close()
@@ -156,16 +171,60 @@ class LocalEngine:
         finally:
             theirs.close()
             os.close(progress_fd)
-        process = LocalProcess(popen, channel, progress, self._guard)
-        self._guard.add(popen.pid)
+        process = LocalProcess(pid, parent, channel, progress, self._guard)
+        self._guard.add(pid)
         return process
+
+    def _fork(
+        self, spec: LaunchSpec, fds: tuple[int, int], outputs: dict[int, int]
+    ) -> tuple[int, Template] | None:
+        template = self._template
+        if template is None or not template.ready or template.command != spec.command:
+            return None
+        pid = template.fork(spec.env, fds, outputs)
+        return None if pid is None else (pid, template)
+
+    def _spawn(
+        self, spec: LaunchSpec, fds: tuple[int, int], outputs: dict[int, int]
+    ) -> tuple[int, subprocess.Popen[bytes]]:
+        control, progress = fds
+        popen = subprocess.Popen(
+            spec.command,
+            env={
+                **spec.env,
+                settings.CONTROL_FD.name: str(control),
+                settings.PROGRESS_FD.name: str(progress),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=outputs.get(1),
+            stderr=outputs.get(2),
+            start_new_session=True,
+            pass_fds=fds,
+        )
+        return popen.pid, popen
+
+    def preload(self, spec: LaunchSpec) -> None:
+        """Make ready to start workers like `spec` by a fork, if that is possible."""
+        if self._template is None and Template.can_run(spec.command):
+            with contextlib.suppress(OSError):
+                self._template = Template(spec.command, spec.env)
+
+    @property
+    def preparing(self) -> bool:
+        """Whether a start would be faster a little later."""
+        if self._template is None:
+            return False
+        self._template.poll()
+        return self._template.alive and not self._template.ready
 
     def maintain(self) -> None:
         """Start the guard again if somebody killed it."""
         self._guard.ensure()
 
     def close(self) -> None:
-        """Dismiss the guard."""
+        """Dismiss the guard and the template."""
+        if self._template is not None:
+            self._template.close()
         self._guard.close()
 
 

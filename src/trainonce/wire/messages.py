@@ -18,11 +18,20 @@ from trainonce.errors import WireError
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """The first word of a worker."""
+    """The first word of a worker.
+
+    Args:
+        worker: Its id.
+        pid: Its process id.
+        protocol: Version of these messages.
+        preloadable: Whether torch was imported in the environment that the launcher gave: then
+            workers forked from a process that did the same are no different.
+    """
 
     worker: int
     pid: int
     protocol: int = 1
+    preloadable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

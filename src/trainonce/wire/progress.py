@@ -26,10 +26,11 @@ _FIELDS = (
     "flops",  # floating-point operations of one step, this rank; 0 where unknown
     "generation",  # the generation this worker is consistent with
     "busy_until_mono_ns",  # saving or compiling: not a hang before this
+    "peak_flops",  # operations per second of this rank's device at best; 0 where unknown
     "loss_bits",  # the last recorded scalar value, as float64 bits; NaN where none
 )
 _SIZE = 8 * len(_FIELDS)
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Phase(enum.IntEnum):

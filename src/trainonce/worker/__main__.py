@@ -15,11 +15,13 @@ import traceback
 import types
 
 from trainonce import settings
+from trainonce.worker import imports
 
 
 def main() -> None:
     """Run the script named on the command line."""
     arguments = sys.argv[1:]
+    imports.watch()
     if os.environ.get(settings.SPARE.name) == "1":
         _withhold_rank()
     code = 0

@@ -192,7 +192,7 @@ class Durable:
                 rank=runner.rank,
                 world_size=runner.world_size,
                 nonce=f"{os.environ.get('TRAINONCE_JOB', 'solo')}-{self._next_poll}",
-                rank_payload=runner.last_payload,
+                rank_payload=runner.local.payload,
                 state=state,
                 tree=tree,
                 model_names=names,

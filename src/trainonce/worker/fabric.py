@@ -112,6 +112,9 @@ class Fabric:
         self._reported_lost = 0
         self._forming: InnerGroup | None = None
         self._original = True
+        # Whether this process holds the state: a newcomer that got it may still be announced
+        # as one, if somebody else died before the controller heard of it.
+        self._consistent = False
         self.order_root = 0
         # torch makes a group on its members only; the others are told.
         self.subgroups_elsewhere = False
@@ -252,7 +255,7 @@ class Fabric:
             self._announced = message
             self.rank = message.rank
             self._broken = True
-            if message.rank in message.newcomers:
+            if self._is_newcomer(message):
                 self._original = False
                 self._replayable.clear()
             abandoned = [group.inner for group in self._groups.values() if group.inner]
@@ -271,6 +274,9 @@ class Fabric:
         threading.Thread(
             target=self._recover, args=(message,), name=f"recover-{message.generation}", daemon=True
         ).start()
+
+    def _is_newcomer(self, message: Generation) -> bool:
+        return message.rank in message.newcomers and not self._consistent
 
     def _is_superseded(self, message: Generation) -> bool:
         return self._announced is not message
@@ -303,7 +309,7 @@ class Fabric:
     def _recover_once(self, message: Generation) -> Formed | None:
         assert self.host is not None
         host = self.host
-        newcomer = message.rank in message.newcomers
+        newcomer = self._is_newcomer(message)
         first = self.generation == 0 and not message.newcomers
         size = len(message.workers)
         inner = InnerGroup(message.rank, size)
@@ -415,6 +421,7 @@ class Fabric:
             self.generation = message.generation
             self._progress["generation"] = message.generation
             self._broken = False
+            self._consistent = True
             for group in self._groups.values():
                 if group is self.world:
                     group.inner = inner

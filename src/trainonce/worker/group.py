@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainonce.errors import CollectiveError
+from trainonce.worker import torch_private
 from trainonce.worker.oplog import Op
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class OnceWork(dist._Work):
         super().__init__()
         self._future = future
         self._waiting = waiting
+        self.before_return: Callable[[], object] | None = None
+        """What is left to do for a caller that waits; for one that takes the future, nothing is."""
 
     def wait(self, timeout: Any = None) -> bool:
         """Wait for the result. `timeout` is not applied: hangs are the controller's to judge."""
@@ -42,6 +45,8 @@ class OnceWork(dist._Work):
             self._waiting(True)
             self._future.wait()
             self._waiting(False)
+        if self.before_return is not None:
+            self.before_return()
         return True
 
     def is_completed(self) -> bool:
@@ -124,13 +129,25 @@ class OnceGroup(dist.ProcessGroup):
         _check_dense(tensor)
         if self._emulate("all_reduce", tensors):
             return self._done(tensors)
-        return self._submit(
+        # DDP takes its result from the future: it need not be copied back into the bucket.
+        in_future: list[torch.Tensor] | None = [] if torch_private.reduces_bucket(tensor) else None
+
+        def deliver(result: list[torch.Tensor]) -> None:
+            if in_future is None:
+                _copy(tensor, result[0])
+            else:
+                in_future.append(result[0])
+
+        work = self._submit(
             "all_reduce",
             _signature("all_reduce", tensor, opts.reduceOp.op.name),
             lambda inner: _on_copy(self._take(tensor), lambda copy: inner.pg.allreduce(copy, opts)),
-            lambda result: _copy(tensor, result[0]),
-            tensors,
+            deliver,
+            tensors if in_future is None else in_future,
         )
+        if in_future is not None:
+            work.before_return = lambda: _copy(tensor, in_future[0])
+        return work
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> OnceWork:
         root = opts.rootRank if opts is not None else 0

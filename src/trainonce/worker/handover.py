@@ -12,7 +12,6 @@ from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
 from trainonce.worker.fabric import Superseded
-from trainonce.worker.mirror import Mirror
 from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
 from trainonce.worker.spare import call_with_batch
 from trainonce.worker.transfer import receive_record, receive_state, send_record, send_state
@@ -144,7 +143,7 @@ class Handover:
         record["trained"] = list(self._trained.items())
         record["profiles"] = runner.profiles.to_record()
         record["started_at"] = runner.started_at
-        record["reduces_means"] = runner.reduces_means
+        record["reduces_means"] = runner.means.reduced(runner.commits)
         record["poll"] = runner.durable.record() if runner.durable is not None else None
         for target in targets:
             send_record(inner, target, record)
@@ -191,15 +190,15 @@ class Handover:
         record = receive_record(inner, donor)
         tensors = runner.protected.prepare(record)
         result = receive_state(inner, donor, tensors)
-        found = runner.mirror.find(commits) if runner.mirror is not None else None
-        if found is None:
+        payload = runner.local.find(commits)
+        if payload is None:
             raise RecoveryError(
                 f"the local state of rank {runner.rank} at step {commits} went down with it",
                 hint="this happens if a step issues fewer collectives than ever before",
             )
-        runner.restore_record(found.payload)
+        runner.restore_record(payload, commits)
         runner.begin_at(commits, started_at=record["started_at"])
-        runner.expect_means(record["reduces_means"])
+        runner.means.expect(record["reduces_means"], commits)
         runner.profiles.load(record["profiles"])
         self.watch_passes(dict(record["trained"]))
         if runner.durable is not None and record["poll"] is not None:
@@ -208,7 +207,7 @@ class Handover:
 
     def adopt_mirror(self, fd: int) -> None:
         """Go on with the mirror of the process that held this rank."""
-        self._runner.mirror = Mirror(fd)
+        self._runner.local.adopt_mirror(fd)
 
     def formed(self, message: Generation) -> None:
         """Let the script go on."""
@@ -231,7 +230,7 @@ class Handover:
         self._formed.wait()
         self._newcomer = False
         self._adopt_buckets(rehearsed=rehearsed > 0)
-        runner.reduce_means()
+        runner.means.reduce(runner.commits)
         runner.follow_up()
 
     def _adopt_buckets(self, *, rehearsed: bool) -> None:

@@ -70,7 +70,7 @@ class KeptValues:
             return encoding.encode([position, known, pack_value(value, means)])
         except EncodingError as error:
             self._refused(error)
-            return encode_unknown(position, outline(value))
+            return encoding.encode([position, False, outline(value)])
 
     def restore(self, encoded: Iterable[memoryview], means: list[LazyMean]) -> None:
         """Take over what `encode` returned in another process."""
@@ -80,10 +80,9 @@ class KeptValues:
             position, known, value = encoding.decode(data)
             self._values[position] = (known, unpack_value(value, means))
 
-
-def encode_unknown(position: Position, shape: Any) -> bytes:
-    """Return the encoding of a value of which only the outline is known."""
-    return encoding.encode([position, False, shape])
+    def expect(self, position: Position, shape: Any) -> None:
+        """Know the step at `position`; its value is lost unless it is among the restored."""
+        self._values.setdefault(position, (False, shape))
 
 
 def join(parts: list[bytes]) -> bytes:

@@ -22,6 +22,7 @@ from trainonce.wire.messages import (
     Message,
 )
 from trainonce.wire.progress import Progress
+from trainonce.worker import imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +100,9 @@ class Link:
 
     def start(self, listener: Listener) -> None:
         """Say hello and begin to listen."""
-        self.send(Hello(worker=self.worker, pid=os.getpid()))
+        self.send(
+            Hello(worker=self.worker, pid=os.getpid(), preloadable=imports.torch_saw_environment())
+        )
         threading.Thread(
             target=self._listen, args=(listener,), name="trainonce-link", daemon=True
         ).start()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ class Loops:
         fault_point: Lets the fault plan act.
         inside_step: Returns the number of committed steps while a step is executed, else
             None. Loops inside a step belong to it: they begin at their beginning.
+        counted: Told when a script counts the batches with `enumerate`.
     """
 
     def __init__(
@@ -33,11 +36,14 @@ class Loops:
         enter: Callable[[], None],
         fault_point: Callable[[str], None],
         inside_step: Callable[[], int | None],
+        counted: Callable[[], object],
     ) -> None:
         self._cursor = cursor
         self._enter = enter
         self._fault_point = fault_point
         self._inside_step = inside_step
+        self._counted = counted
+        self._looked = False
         self._epoch: int | None = None
         self._passes: dict[int, int] = {}
         self._places: dict[int, _Place] = {}
@@ -75,6 +81,22 @@ class Loops:
 
     def batches(self, source: Source, max_steps: int | None) -> Iterator[Any]:
         """Yield the batches that are not consumed; begins again at the end if it must."""
+        me: list[weakref.ref[Iterator[Any]]] = []
+        batches = self._batches(source, max_steps, me)
+        me.append(weakref.ref(batches))
+        return batches
+
+    def _look_for_enumerate(self, batches: Iterator[Any] | None) -> None:
+        """Find out, once, who asks for batches: `enumerate` would count from 0 in a newcomer."""
+        if self._looked or batches is None:
+            return
+        self._looked = True
+        if any(type(referrer) is enumerate for referrer in gc.get_referrers(batches)):
+            self._counted()
+
+    def _batches(
+        self, source: Source, max_steps: int | None, me: list[weakref.ref[Iterator[Any]]]
+    ) -> Iterator[Any]:
         commits = self._inside_step()
         if commits is not None:
             # The epoch is derived, since whoever executes the step must see the same order.
@@ -82,6 +104,7 @@ class Loops:
                 yield batch
             return
         self._enter()
+        self._look_for_enumerate(me[0]())
         depth, begin = self._cursor.enter_loop()
         passes = self._passes.get(id(source), 0)
         self._passes[id(source)] = passes + 1

@@ -6,7 +6,6 @@ state to a process that does, is in `handover`.
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 import threading
@@ -16,18 +15,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from trainonce.errors import ConfigError, EncodingError, StepError
+from trainonce.errors import ConfigError, StepError
 from trainonce.events import ValueLost
-from trainonce.wire import encoding
 from trainonce.wire.messages import Drained, Note, Ready, Report
-from trainonce.wire.messages import Mirror as MirrorMessage
 from trainonce.wire.progress import Phase
 from trainonce.worker.cursor import Cursor
 from trainonce.worker.faults import FaultInjector
 from trainonce.worker.gate import UpdateGate
-from trainonce.worker.kept import KeptValues, encode_unknown, join, split
+from trainonce.worker.local import LocalState
 from trainonce.worker.loops import Loops
-from trainonce.worker.mirror import Mirror
+from trainonce.worker.means import Means
 from trainonce.worker.step import (
     Execution,
     StepProfiles,
@@ -56,7 +53,6 @@ if TYPE_CHECKING:
 
 # Ranks that keep a copy of the state from before an update, where a step needs one.
 _HOLDERS = (0, 1)
-_MIRROR_SLACK_BYTES = 64 << 10
 _NAN_BITS = struct.unpack("<q", struct.pack("<d", float("nan")))[0]
 
 
@@ -96,16 +92,23 @@ class Runner:
             enter=self.enter,
             fault_point=self.injector.at,
             inside_step=lambda: self.commits if self.executing or self.rehearsing else None,
+            counted=self._tell_of_enumerate,
         )
+        self.local = LocalState(
+            promotion=promotion,
+            progress=progress,
+            cursor=self.cursor,
+            loops=self.loops,
+            notify=notify,
+        )
+        self.means = Means(world_size)
         self.protected: Protected | None = None
-        self.user_state: dict[str, Any] = {}
         self.steps: list[Step[Any, Any]] = []
         self.commits = 0
         self.rehearsing = False
         self.failure = ""
         self.execution: Execution | None = None
         self.image: Image | None = None
-        self.mirror: Mirror | None = None
         self.durable: Durable | None = None
         self.verify_every = 0
         self.started_at = 0
@@ -115,10 +118,6 @@ class Runner:
         self._entered = False
         self.profiles = StepProfiles()
         self._calls = 0
-        self._values = KeptValues(self._tell_value_not_kept)
-        self._means: list[LazyMean] = []
-        self._means_reduced_at = -1
-        self.last_payload = b""
         self._at_commit: list[Callable[[], object]] = []
         self._tokens = 0
         self._flops = 0
@@ -178,11 +177,13 @@ class Runner:
     def announce_ready(self) -> None:
         """Tell the launcher that this rank stands before its first step."""
         assert self.protected is not None
-        self.publish(self.cursor.committed, self.commits, final=True)
-        assert self.mirror is not None
+        self.local.publish(
+            self.protected, self.cursor.committed, self.commits, self.means.waiting, final=True
+        )
+        assert self.local.mirror is not None
         self.notify(
             Ready(
-                mirror_bytes=self.mirror.size_bytes,
+                mirror_bytes=self.local.mirror.size_bytes,
                 log_bytes=self.fabric.log_bytes()[1] if self.fabric else 0,
                 state_bytes=self.protected.num_bytes(),
             )
@@ -236,7 +237,14 @@ class Runner:
         """Publish local state for the commit to come, before this rank lets the others commit."""
         assert self.protected is not None
         self.protected.note_local_buffers()
-        self.publish(execution.position, self.commits + 1, final=False)
+        self.local.publish(
+            self.protected,
+            execution.position,
+            self.commits + 1,
+            execution.means,
+            final=False,
+            returns=execution.profile.returns,
+        )
         execution.published = True
 
     def _publish_together(self, execution: Execution) -> None:
@@ -259,6 +267,9 @@ class Runner:
                 self.barrier()
             if execution.profile.kind is UpdateKind.PLAIN:
                 self._publish_together(execution)
+                if self.fabric is not None:
+                    # What is in flight may need a recovery to complete, and that the gate.
+                    self.fabric.drain_pending()
                 self.gate.begin_update()
             elif execution.profile.kind is UpdateKind.LATE and self._holds_copies():
                 self.image = self.protected.image()
@@ -285,7 +296,7 @@ class Runner:
             self._commit(execution, value)
             # Within the gate: a recovery sees the commit with what it issues, or neither.
             self._act_at_commit()
-            self.reduce_means()
+            self.means.reduce(self.commits)
         finally:
             self.gate.end_update()
         self.injector.at("commit")
@@ -305,12 +316,19 @@ class Runner:
         if self.durable is not None:
             self.durable.adopt(self.durable.read_poll())
         self.cursor.committed = position
-        self._means = execution.means
-        self._values.add(position, value, self.cursor.is_live)
+        self.means.commit(execution.means)
+        self.local.values.add(position, value, self.cursor.is_live)
         if not execution.stepped and self.protected.parameters_changed():
             execution.kind = UpdateKind.OPAQUE
         if self.fabric is not None:
-            self.publish(position, self.commits + 1, final=True)
+            self.local.publish(
+                self.protected,
+                position,
+                self.commits + 1,
+                execution.means,
+                final=True,
+                returns=profile.returns,
+            )
             issued = self.fabric.num_issued() - execution.operations_before
             fewest = profile.fewest_operations
             profile.fewest_operations = issued if fewest is None else min(issued, fewest)
@@ -386,16 +404,29 @@ class Runner:
     def _holds_copies(self) -> bool:
         return self.fabric is not None and self.world_size > 1 and self.rank in _HOLDERS
 
+    def _tell_of_enumerate(self) -> None:
+        self.notify(
+            Note(
+                key="enumerate",
+                level="warning",
+                text="enumerate(run.batches(...)) counts from 0 again in a process that takes a"
+                " rank over; use run.step_index, or a count in run.state",
+            )
+        )
+
     # ------------------------------------------------------------------ metrics
 
-    def count(self, tokens: int, flops: int) -> None:
+    def count(self, tokens: int, flops: int, peak_flops: int | None) -> None:
         """Add to what the open step has processed."""
         self._tokens += tokens
         self._flops += flops
+        if peak_flops is not None:
+            self.progress["peak_flops"] = peak_flops
 
     def mean(self, value: torch.Tensor | float) -> LazyMean:
         """Return the average of `value` over all ranks, reduced after the commit."""
-        mean = LazyMean(float(value))
+        local = value.detach() if isinstance(value, torch.Tensor) else value
+        mean = LazyMean(float(local))
         if self.execution is None:
             if self.rehearsing:
                 return mean
@@ -406,44 +437,6 @@ class Runner:
             raise StepError(f"a step can reduce at most {MAX_MEANS} means")
         self.execution.means.append(mean)
         return mean
-
-    def reduce_means(self) -> None:
-        """Issue the reduction of the last commit's means; they are read when asked for."""
-        means, self._means = self._means, []
-        if not means or self.world_size == 1:
-            return
-        self._means_reduced_at = self.commits
-        sums = torch.zeros(2 * MAX_MEANS, dtype=torch.float64)
-        for index, mean in enumerate(means):
-            if mean.local == mean.local:  # a lost value is a NaN, and counts for nothing
-                sums[index], sums[MAX_MEANS + index] = mean.local, 1.0
-        work = dist.all_reduce(sums, async_op=True)
-
-        def read(index: int) -> float:
-            assert work is not None
-            work.wait()
-            return float(sums[index] / sums[MAX_MEANS + index])
-
-        for index, mean in enumerate(means):
-            mean.resolve(lambda index=index: read(index))
-
-    @property
-    def reduces_means(self) -> bool:
-        """Whether the ranks reduce means after the last commit."""
-        return self._means_reduced_at == self.commits
-
-    def expect_means(self, reduced: bool) -> None:
-        """As a newcomer: take part in the last commit's reduction exactly if the others do.
-
-        What the predecessor published ahead of the commit does not tell, as it may have died
-        before it came to the call of `run.mean`.
-        """
-        if not reduced:
-            self._means = []
-            return
-        self._means_reduced_at = self.commits
-        if not self._means:
-            self._means = [LazyMean(math.nan)]
 
     def _show_progress(self, execution: Execution, value: Any) -> None:
         now = time.monotonic_ns()
@@ -467,85 +460,21 @@ class Runner:
         inside = Phase.COMPUTING if self.execution is not None else Phase.BETWEEN
         self._set_phase(Phase.WAITING if waiting else inside)
 
-    # ------------------------------------------------------------------ values and the mirror
+    # ------------------------------------------------------------------ recorded values
 
     def recorded(self, position: Position) -> Any:
         """Return what the committed step at `position` returned, or LOST."""
-        known, value = self._values.get(position)
+        known, value = self.local.values.get(position)
         if known:
             return value
         if position == self.cursor.committed:
             self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
         return lost(value)
 
-    def publish(self, position: Position | None, commits: int, *, final: bool) -> None:
-        """Write this rank's local state to the mirror, for `commits` committed steps."""
-        payload = self._encode_record(position, final=final)
-        if self.mirror is None or not self.mirror.fits(len(payload)):
-            self._grow_mirror(len(payload))
-        assert self.mirror is not None
-        self.mirror.publish(commits, payload, final=final)
-        if final:
-            self.last_payload = payload
-
-    def _grow_mirror(self, payload_bytes: int) -> None:
-        old, self.mirror = self.mirror, Mirror.create(2 * payload_bytes + _MIRROR_SLACK_BYTES)
-        if self.last_payload:
-            self.mirror.publish(self.commits, self.last_payload, final=True)
-        message = MirrorMessage(rank=self.rank, size_bytes=self.mirror.size_bytes)
-        self.notify(message, (self.mirror.fd,))
-        if old is not None:
-            old.close()
-
-    def _encode_record(self, position: Position | None, *, final: bool) -> bytes:
-        assert self.protected is not None
-        execution = self.execution
-        means = self._means if execution is None else execution.means
-        latest = position if final else None
-        values = self._values.encode(latest, means)
-        if not final and position is not None and execution is not None:
-            values.append(encode_unknown(position, execution.profile.returns))
-        record: dict[str, Any] = {
-            "position": position,
-            "state": self.user_state,
-            "buffers": self.protected.local_buffers() if self.protected.has_buffers else {},
-            "loops": self.loops.record(),
-            "means": [mean.local for mean in means],
-            "samples": self.progress["samples"],
-            "tokens": self.progress["tokens"],
-        }
-        try:
-            return join([encoding.encode(record), *values])
-        except EncodingError as error:
-            raise EncodingError(
-                f"run.state cannot be kept: {error.message}", hint=error.hint
-            ) from error
-
-    def _tell_value_not_kept(self, error: EncodingError) -> None:
-        self.notify(
-            Note(
-                key="value-not-kept",
-                text=f"the return value of a step cannot be kept for a newcomer ({error.message});"
-                " it would see trainonce.LOST",
-            )
-        )
-
-    def restore_record(self, payload: bytes) -> None:
+    def restore_record(self, payload: bytes, commits: int) -> None:
         """Take over the local state that a predecessor of this rank published."""
         assert self.protected is not None
-        head, *values = split(payload)
-        record = encoding.decode(head)
-        self.cursor.committed = record["position"]
-        means = [LazyMean(local) for local in record["means"]]
-        self._means = means
-        self._values.restore(values, means)
-        self.user_state.clear()
-        self.user_state.update(record["state"])
-        self.protected.load_local_buffers(record["buffers"])
-        self.loops.restore(record["loops"])
-        self.progress["samples"] = record["samples"]
-        self.progress["tokens"] = record["tokens"]
-        self.last_payload = payload
+        self.means.commit(self.local.restore(self.protected, payload, commits))
 
 
 def _scalar_bits(value: Any) -> int:

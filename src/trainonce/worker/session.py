@@ -26,6 +26,7 @@ from trainonce.worker.group import BACKEND, OnceGroup
 from trainonce.worker.handover import Handover
 from trainonce.worker.link import Link
 from trainonce.worker.loader import ShardedLoader
+from trainonce.worker.peaks import peak_flops
 from trainonce.worker.runner import Runner, leave
 from trainonce.worker.spare import Promotion
 from trainonce.worker.state import Protected
@@ -77,13 +78,14 @@ class Run:
             fabric=self._fabric,
             notify=notify,
         )
-        self._runner.user_state = self.state  # one mapping, two views
+        self._runner.local.user = self.state  # one mapping, two views
         self._generation: Generation | None = None
         self._announced = threading.Event()
         self._exit = threading.Event()
         self._exit_code = 0
         self._initialising = True
         self._device = self._choose_device()
+        progress["peak_flops"] = peak_flops(self._device)
         self._handover: Handover | None = None
         self._sources: dict[int, tuple[Any, ShardedLoader | StatefulLoader]] = {}
         if self._fabric is not None:
@@ -191,9 +193,16 @@ class Run:
         """
         return self._runner.mean(value)
 
-    def count(self, *, tokens: int = 0, flops: int = 0) -> None:
-        """Say how much the present step processes on this rank, for the progress line."""
-        self._runner.count(tokens, flops)
+    def count(self, *, tokens: int = 0, flops: int = 0, peak_flops: int | None = None) -> None:
+        """Say how much the present step processes on this rank, for the progress line.
+
+        Args:
+            tokens: How many.
+            flops: Floating-point operations.
+            peak_flops: What this rank's device does per second at best, for the utilisation
+                (MFU). None: its dense bf16 peak if the device is a known GPU.
+        """
+        self._runner.count(tokens, flops, peak_flops)
 
     def dataloader(
         self, dataset: Dataset[Any], batch_size: int = 1, shuffle: bool = False, **options: Any
@@ -319,7 +328,7 @@ class Run:
         if found is None:
             return 0
         commits, payload = found
-        self._runner.restore_record(payload)
+        self._runner.restore_record(payload, commits)
         return commits
 
     def _compare_layouts(self, layout: list[str]) -> None:

@@ -15,6 +15,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch.autograd.graph
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _DDP_INIT = DistributedDataParallel.__init__.__code__
 _DDP_PRE_FORWARD = DistributedDataParallel._pre_forward.__code__
+_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
 _DDP_BUFFERS = DistributedDataParallel._sync_buffers.__code__
 # A collective of DDP's own is at most this many Python frames above us.
 _MAX_FRAMES = 14
@@ -57,6 +59,21 @@ def rebuilding_ddp() -> DistributedDataParallel | None:
             return frame.f_locals["self"]
         frame = frame.f_back
     return None
+
+
+def reduces_bucket(tensor: torch.Tensor) -> bool:
+    """Tell whether our caller was called by DDP's reducer, with one of its gradient buckets.
+
+    The reducer takes the result from the future, and never waits for the work. On the CPU it
+    runs in C++ right below the backward pass. What else calls from there (compiled functional
+    collectives) waits for the work.
+    """
+    return (
+        tensor.dim() == 1
+        and tensor.is_floating_point()
+        and tensor.device.type == "cpu"
+        and sys._getframe(2).f_code is _BACKWARD
+    )
 
 
 class DdpRegistry:

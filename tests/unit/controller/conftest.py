@@ -96,6 +96,11 @@ class FakeEngine:
         self.started.append(FakeProcess(spec.worker, spec))
         return self.started[-1]
 
+    preparing = False
+
+    def preload(self, spec):
+        pass
+
     def maintain(self):
         pass
 

@@ -21,8 +21,9 @@ def blocks(language):
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    (program,) = blocks("python")
+    program, once = blocks("python")
     (folder / "train.py").write_text(program)
+    (folder / "once.py").write_text(once)
     return folder
 
 
@@ -67,8 +68,13 @@ def test_the_program_of_the_readme_runs_under_plain_python(folder):
     assert sum(line.startswith("step ") for line in call(folder, ["train.py"])) == 3
 
 
+def test_the_second_run_of_the_program_that_computes_once_computes_nothing(folder):
+    (shown,) = blocks("text")
+    assert [*call(folder, ["once.py"]), *call(folder, ["once.py"])] == shown.splitlines()
+
+
 def test_six_lines_of_the_program_name_trainonce():
-    (program,) = blocks("python")
+    program, _ = blocks("python")
     marks = ("trainonce.init", "run.dataloader", "run.protect", "@run.step", "run.mean",
              "run.batches")  # fmt: skip
     for mark in marks:

@@ -150,8 +150,8 @@ def main():
     result = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "commit": commit(), "machine": machine(), "config": {"cores": 1},
-        "fine_tune": fine_tune(2 if options.quick else 10),
-        "stream": stream(100 if options.quick else 1200),
+        "fine_tune": fine_tune(2 if options.quick else 5),
+        "stream": stream(100 if options.quick else 600),
     }  # fmt: skip
     print(json.dumps({k: result[k] for k in ("fine_tune", "stream")}, indent=1))
     if options.out:

@@ -21,9 +21,10 @@ def blocks(language):
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    program, fit = blocks("python")
+    program, once, fit = blocks("python")
     (folder / "fit.py").write_text(fit)
     (folder / "train.py").write_text(program)
+    (folder / "once.py").write_text(once)
     return folder
 
 
@@ -68,14 +69,19 @@ def test_the_program_of_the_readme_runs_under_plain_python(folder):
     assert sum(line.startswith("step ") for line in call(folder, ["train.py"])) == 3
 
 
-def test_the_second_program_of_the_readme_plans_and_trains(folder):
+def test_the_second_run_of_the_program_that_computes_once_computes_nothing(folder):
+    (shown,) = blocks("text")
+    assert [*call(folder, ["once.py"]), *call(folder, ["once.py"])] == shown.splitlines()
+
+
+def test_the_last_program_of_the_readme_plans_and_trains(folder):
     last = call(folder, ["fit.py"])[-1]
     assert float(re.search(r"loss ([\d.]+)", last)[1]) < 0.05
     assert "plan.toml" in last
 
 
 def test_six_lines_of_the_program_name_trainonce():
-    program, _fit = blocks("python")
+    program, *_ = blocks("python")
     marks = ("trainonce.init", "run.dataloader", "run.protect", "@run.step", "run.mean",
              "run.batches")  # fmt: skip
     for mark in marks:

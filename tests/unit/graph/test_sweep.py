@@ -127,6 +127,14 @@ def test_a_later_sweep_goes_on_from_states_that_are_no_stage_of_its_own(segment,
     assert report.results[2].value == segment.run(trials[2])[1]
 
 
+def test_trials_that_come_one_by_one_share_the_trunk_where_schedules_change(segment, tmp_path):
+    once.sweep([segment.trial(10, lr={0: 0.1, 6: 0.01})], store=tmp_path)
+    STEPS.clear()
+    once.sweep([segment.trial(10, lr={0: 0.1, 6: 0.02})], store=tmp_path)
+    once.sweep([segment.trial(10, lr={0: 0.1, 8: 0.01})], store=tmp_path)
+    assert STEPS == [6, 7, 8, 9, 6, 7, 8, 9]
+
+
 def test_schedules_share_by_their_values_however_they_are_written(segment, tmp_path):
     trials = [
         segment.trial(6, lr=0.1),

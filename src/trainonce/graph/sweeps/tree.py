@@ -7,6 +7,7 @@ with Stage Trees" (2020).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from trainonce.graph.sweeps.trial import shared_steps
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from trainonce.graph.sweeps.trial import Trial
+
+
+# Schedules with more changes than this are not cut at each.
+_MAX_CHANGES = 8
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,18 @@ class Stage:
 def boundaries(trials: Sequence[Trial], save_every: int | None = None) -> list[list[int]]:
     """Return for each trial where its stages end, in order; the last is its own end.
 
+    They end where trials part, and where a schedule of few changes takes one.
+
     Args:
         trials: Of one segment or of several.
         save_every: End a stage at the multiples of this many steps as well.
     """
     cuts = [{trial.num_steps} for trial in trials]
     for number, trial in enumerate(trials):
+        runs = trial.runs(0, trial.num_steps)
+        if len(runs) <= _MAX_CHANGES:
+            # A later trial may take another turn where this one takes one.
+            cuts[number].update(accumulate(count for count, _ in runs))
         if save_every:
             cuts[number].update(range(save_every, trial.num_steps, save_every))
         for other in range(number):

@@ -48,7 +48,7 @@ class Schedule(Lever):
     info = LeverInfo(
         name="schedule",
         saves="with a tuned rate, batch and horizon, most of what can be saved against a constant "
-        "rate: 75 % of FLOPs on digits, 67 % on a small language model, there just missing equal "
+        "rate: 83 % of FLOPs on digits, 67 % on a small language model, there just missing equal "
         "quality (benchmarks/levers)",
         source="Bergsma et al., Straight to Zero, ICLR 2025; Hägele et al., NeurIPS 2024 "
         "(level phase, then decay)",

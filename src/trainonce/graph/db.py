@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from trainonce.errors import DamagedError, StoreError
+from trainonce.sqlite import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -148,6 +149,7 @@ class Database:
             timeout=5.0,
             isolation_level=None,
             check_same_thread=False,
+            factory=Connection,
         )
 
     def _probed(self, connection: sqlite3.Connection) -> sqlite3.Connection:

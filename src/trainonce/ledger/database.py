@@ -15,6 +15,7 @@ from trainonce.errors import LedgerError
 from trainonce.ledger.filesystem import network_filesystem
 from trainonce.ledger.identity import Writer
 from trainonce.ledger.intake import Entry
+from trainonce.sqlite import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -66,7 +67,9 @@ def connect(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _folder_lock(path.parent):  # two that make one ledger at once would clash
         # `isolation_level=None`: transactions begin and end where the code says so.
-        connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+        connection = sqlite3.connect(
+            path, timeout=_BUSY_S, isolation_level=None, factory=Connection
+        )
         try:
             _check(connection, path)
             _set_journal(connection, path.parent)

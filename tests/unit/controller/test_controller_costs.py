@@ -95,12 +95,12 @@ def test_each_threshold_is_told_once_and_reaches_ledger_and_webhook(bench, hook)
 
 def test_job_ends_with_a_checkpoint_at_its_budget_if_that_was_asked_for(bench):
     b = bench().ready()
-    costs_of(b, budgets=(BudgetSettings(name="b", metric="gpu_hours", limit=1.0),), stop=True)
+    costs_of(b, budgets=(BudgetSettings(name="b", metric="gpu_hours", limit=1.0, stop=True),))
     b.step(0.4 * HOUR_S)
     assert not b.job.stopping
     b.step(0.2 * HOUR_S)
     assert b.job.stopping
-    assert any("is used up" in line for line in b.lines)
+    assert any("the budget is spent" in line for line in b.lines)
 
 
 def test_thresholds_that_an_earlier_part_crossed_are_not_told_again(bench):

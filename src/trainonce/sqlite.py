@@ -1,14 +1,21 @@
-"""SQLite connections that a forked child leaves alone.
+"""What SQLite needs in a process that forks.
 
-A child inherits the connections of its parent, and their locks as other threads held them at
-the fork: were the garbage collector to finalise one there, it could wait for ever.
+A forked child inherits SQLite's locks as other threads held them at the fork, and connections
+that their threads were using. It could wait for a lock that nobody gives back; so background
+threads of ours are inside SQLite only within `no_fork`, and a child never finalises the
+connections of its parent.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 
 class Connection(sqlite3.Connection):
@@ -21,10 +28,29 @@ class Connection(sqlite3.Connection):
 
 _open: weakref.WeakSet[Connection] = weakref.WeakSet()
 _held: list[Connection] = []
+_inside = threading.RLock()
 
 
-def _hold() -> None:
+def no_fork() -> AbstractContextManager[object]:
+    """Return the lock that a fork waits for: hold it on a background thread inside SQLite."""
+    return _inside
+
+
+def _before() -> None:
+    _inside.acquire()
     _held.extend(_open)
 
 
-os.register_at_fork(before=_hold, after_in_parent=_held.clear)
+def _after_in_parent() -> None:
+    _held.clear()
+    _inside.release()
+
+
+def _after_in_child() -> None:
+    global _inside
+    _inside = threading.RLock()
+
+
+os.register_at_fork(
+    before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+)

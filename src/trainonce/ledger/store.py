@@ -26,6 +26,7 @@ from trainonce.ledger.filesystem import network_filesystem
 from trainonce.ledger.identity import this_writer
 from trainonce.ledger.intake import FOLDER, Entry, Intake
 from trainonce.ledger.reading import JobSummary, Unknown, View
+from trainonce.sqlite import no_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -252,7 +253,8 @@ class Ledger:
             if not batch:
                 break
             try:
-                self._commit(batch)
+                with no_fork():
+                    self._commit(batch)
             except (sqlite3.Error, OSError, LedgerError) as error:
                 self._disconnect()
                 self._report(error)
@@ -293,7 +295,7 @@ class Ledger:
 
     def _disconnect(self) -> None:
         if self._connection is not None:
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(sqlite3.Error), no_fork():
                 self._connection.close()
             self._connection = None
 

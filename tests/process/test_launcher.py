@@ -316,8 +316,8 @@ def test_ps_and_migrate_reach_the_running_job(launch):
 def test_a_budget_that_is_used_up_reaches_the_webhook(launch):
     with socket.create_server(("127.0.0.1", 0)) as hook:
         url = f"http://127.0.0.1:{hook.getsockname()[1]}/"
-        job = launch("--nproc-per-node", "1", "--max-gpu-hours", "1e-7", "--budget-webhook", url)
-        (zero,) = job.ranks(1)
+        job = launch("--nproc-per-node", "1", "--max-hours", "1e-7", "--budget-webhook", url)
+        job.ranks(1)
         heard = []
         for _ in range(3):  # 50, 80 and 100 %
             connection, _peer = hook.accept()
@@ -327,8 +327,8 @@ def test_a_budget_that_is_used_up_reaches_the_webhook(launch):
                     data += connection.recv(4096)
                 connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
             heard.append(json.loads(data.partition(b"\r\n\r\n")[2]))
-        assert finish(job, (zero,), 1)[0] == 0
-    assert {(body["job"], body["budget"]) for body in heard} == {(job.job, "--max-gpu-hours")}
+        assert job.ended()[0] == 143
+    assert {(body["job"], body["budget"]) for body in heard} == {(job.job, "--max-hours")}
     assert sorted(body["threshold"] for body in heard) == [0.5, 0.8, 1.0]
 
 
@@ -370,7 +370,7 @@ def test_output_is_teed_with_torchruns_prefix_and_kept_in_its_folders(tmp_path):
         (["--chaos", "melt rank=0", str(FAKE)], "unknown fault 'melt'"),
         (["--chaos", "kill rank=4", str(FAKE)], "--chaos hits rank 4"),
         (["--max-cost-usd", "9", str(FAKE)], "no price is set"),
-        (["--max-gpu-hours", "-1", str(FAKE)], "limit is -1"),
+        (["--max-hours", "-1", str(FAKE)], "limit is -1"),
         (["--health", "crystal-ball", str(FAKE)], "no source of health signals"),
         (["--tee", "7", str(FAKE)], "--tee '7'"),
         (["--resume", "nothing", str(FAKE)], "--resume nothing"),

@@ -138,6 +138,8 @@ class BudgetSettings:
                 hint="one of " + ", ".join(self.METRICS),
             )
         _require_number("limit", self.limit, 0.0)
+        if self.limit == 0:
+            raise ConfigError("limit is 0", hint="a number above 0")
         for threshold in self.thresholds:
             _require_number("threshold", threshold, 0.0)
         if self.webhook and not self.webhook.startswith(("http://", "https://")):

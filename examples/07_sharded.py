@@ -1,6 +1,6 @@
 """A transformer under HSDP on the bytes of Python's standard library survives a lost shard.
 
-    trainonce run --nproc-per-node 4 --spares 1 examples/05_sharded.py
+    trainonce run --nproc-per-node 4 --spares 1 examples/07_sharded.py
 
 Two replicas of the model, each split over two ranks. Kill a worker while it trains, or let a
 fault plan do it: `--chaos "kill rank=3 step=20 point=backward"` before the script's name. Its

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainonce.errors import ConfigError
+from trainonce.pictures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ def plot_sweep(results: Sequence[Result], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    figure, (left, right) = _figure(2)
+    figure, (left, right) = _panels(2)
     names = list(dict.fromkeys(r.policy.name for r in results))
     for i, name in enumerate(names):
         rows = [r for r in results if r.policy.name == name]
@@ -54,7 +54,7 @@ def plot_sweep(results: Sequence[Result], path: Path) -> None:
     right.set_yscale("log")
     right.yaxis.set_major_formatter(_tick)
     right.set_ylabel("wasted GPU time and spares, a year")
-    _save(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def plot_spares(studies: Sequence[SpareStudy], path: Path) -> None:
@@ -63,7 +63,7 @@ def plot_spares(studies: Sequence[SpareStudy], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    figure, panels = _figure(len(studies))
+    figure, panels = _panels(len(studies))
     for axes, study in zip(panels, studies, strict=True):
         spares = [r.spares for r in study.results]
         for name, marker, dash, values in (
@@ -99,7 +99,7 @@ def plot_spares(studies: Sequence[SpareStudy], path: Path) -> None:
         axes.grid(visible=True, alpha=0.3)
     panels[0].set_ylabel("cost of failures, a year")
     panels[0].legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path, dpi=130)
 
 
 def _tick(usd: float, _: int) -> str:
@@ -109,24 +109,6 @@ def _tick(usd: float, _: int) -> str:
     return f"${usd:g}"
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "drawing needs matplotlib, which is not installed",
-            hint="pip install 'trainonce[plot]', or use --json",
-        ) from error
-    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot write the plot to {path}: {error}", hint="a .png, .svg or .pdf file"
-        ) from error
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    figure = new_figure(5.2 * count, 4.2)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])

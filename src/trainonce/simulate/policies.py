@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from trainonce.errors import ConfigError
@@ -85,6 +85,35 @@ class Policy:
         )
 
 
+_LIVE_MIGRATION = Policy(
+    name="live-migration",
+    summary="move to an idle spare in two minutes",
+    live_share=0.9,
+    live_pause_s=120.0,
+    live_lost_s=15.0,
+    predicts=True,
+    migrate_pause_s=30.0,
+)
+_TRAINONCE = Policy(
+    name="trainonce",
+    summary="rebuild from replicas on a hot spare, nothing recomputed",
+    detect_exit_s=10.0,
+    live_share=0.9,
+    live_pause_s=30.0,
+    predicts=True,
+    migrate_pause_s=10.0,
+)
+
+
+def _with_borrowed_spares(policy: Policy) -> Policy:
+    return replace(
+        policy,
+        name=f"{policy.name}-low-priority",
+        summary="the same, with spares from low-priority jobs",
+        spare_source="low-priority",
+    )
+
+
 # Naive and tuned are the two restart set-ups whose waste was published for 2,048 GPUs. The three
 # live ones share one `live_share`, the guaranteed 90 %, so that they differ by mechanism alone.
 POLICIES: dict[str, Policy] = {
@@ -110,43 +139,9 @@ POLICIES: dict[str, Policy] = {
             replica_groups=16,
             heal_s=600.0,
         ),
-        Policy(
-            name="live-migration",
-            summary="move to an idle spare in two minutes",
-            live_share=0.9,
-            live_pause_s=120.0,
-            live_lost_s=15.0,
-            predicts=True,
-            migrate_pause_s=30.0,
-        ),
-        Policy(
-            name="live-migration-low-priority",
-            summary="the same, with spares from low-priority jobs",
-            live_share=0.9,
-            live_pause_s=120.0,
-            live_lost_s=15.0,
-            predicts=True,
-            migrate_pause_s=30.0,
-            spare_source="low-priority",
-        ),
-        Policy(
-            name="trainonce",
-            summary="rebuild from replicas on a hot spare, nothing recomputed",
-            detect_exit_s=10.0,
-            live_share=0.9,
-            live_pause_s=30.0,
-            predicts=True,
-            migrate_pause_s=10.0,
-        ),
-        Policy(
-            name="trainonce-low-priority",
-            summary="the same, with spares from low-priority jobs",
-            detect_exit_s=10.0,
-            live_share=0.9,
-            live_pause_s=30.0,
-            predicts=True,
-            migrate_pause_s=10.0,
-            spare_source="low-priority",
-        ),
+        _LIVE_MIGRATION,
+        _with_borrowed_spares(_LIVE_MIGRATION),
+        _TRAINONCE,
+        _with_borrowed_spares(_TRAINONCE),
     )
 }

@@ -6,8 +6,8 @@ import re
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from trainonce.errors import ConfigError
 from trainonce.fleet.links.topology import link_ends
+from trainonce.pictures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ def draw_topology(
     Raises:
         ConfigError: matplotlib is missing, or the file cannot be written.
     """
-    figure = _figure()
+    figure = new_figure(10, 5)
     wires = sorted({tuple(sorted(link_ends(name))) for name in links})
     near: dict[str, set[str]] = {}
     for a, b in wires:
@@ -57,26 +57,7 @@ def draw_topology(
         axes.set_title(f"{len(shown)} of {len(near)} devices: culprits and neighbours", fontsize=8)
     axes.margins(0.08, 0.15)
     axes.axis("off")
-    try:
-        figure.savefig(path, dpi=140)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot write the plot to {path}: {error}", hint="a .svg, .png or .pdf file"
-        ) from error
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "drawing needs matplotlib, which is not installed",
-            hint="pip install 'trainonce[plot]', or use --json",
-        ) from error
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    save_figure(figure, path, dpi=140)
 
 
 def _ends(finding: Finding) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ _BOOTSTRAP = ("-u", "-m", "trainonce.worker")
 _TEMPLATE = ("-u", "-m", "trainonce.worker.template")
 # Importing torch may take as long on a machine that swaps.
 _IMPORT_S = 60.0
-# A fork takes some milliseconds; who waits is the launcher's loop.
+# Who waits for a fork is the launcher's loop.
 _ANSWER_S = 5.0
 _UNKNOWN = ExitStatus(code=-1)
 
@@ -28,8 +28,8 @@ _UNKNOWN = ExitStatus(code=-1)
 class Template:
     """Forks workers from a process that has torch imported.
 
-    Importing takes a core for seconds, each time a spare is started while the others train;
-    a fork takes milliseconds. If anything about it fails, workers are started the slow way.
+    Importing takes a core each time a spare is started while the others train; a fork does
+    not. If anything about it fails, workers are started the slow way.
 
     Args:
         command: What the workers run.

@@ -137,9 +137,7 @@ class BudgetSettings:
                 f"budget {self.name!r} has metric {self.metric!r}",
                 hint="one of " + ", ".join(self.METRICS),
             )
-        _require_number("limit", self.limit, 0.0)
-        if self.limit == 0:
-            raise ConfigError("limit is 0", hint="a number above 0")
+        _require_number("limit", self.limit, 0.0, above=True)
         for threshold in self.thresholds:
             _require_number("threshold", threshold, 0.0)
         if self.webhook and not self.webhook.startswith(("http://", "https://")):
@@ -198,10 +196,11 @@ def _budget(values: Any) -> BudgetSettings:
     return settings.make(BudgetSettings, {**values, "thresholds": tuple(thresholds)}, "budget")
 
 
-def _require_number(name: str, value: Any, least: float) -> None:
+def _require_number(name: str, value: Any, least: float, *, above: bool = False) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least:
-        raise ConfigError(f"{name} is {value!r}", hint=f"a number of at least {least:g}")
+    if not good or value < least or (above and value == least):
+        wanted = "above" if above else "of at least"
+        raise ConfigError(f"{name} is {value!r}", hint=f"a number {wanted} {least:g}")
 
 
 def _anniversary(start: datetime.date, year: int) -> datetime.date:

@@ -192,11 +192,6 @@ class OnceGroup(dist.ProcessGroup):
 
         return self._gather_all(tensor, deliver, [output])
 
-    def all_gather_single(
-        self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None
-    ) -> OnceWork:
-        return self._allgather_base(output, tensor, opts)
-
     def barrier(self, opts: Any = None) -> OnceWork:
         if self._emulate("barrier", []):
             return self._done([])
@@ -262,11 +257,6 @@ class OnceGroup(dist.ProcessGroup):
         sizes = [output.numel()] * self._size
         return self._reduce_part(output, tensor.reshape(-1), sizes, opts)
 
-    def reduce_scatter_single(
-        self, output: torch.Tensor, tensor: torch.Tensor, opts: Any = None
-    ) -> OnceWork:
-        return self._reduce_scatter_base(output, tensor, opts)
-
     def alltoall_base(
         self,
         output: torch.Tensor,
@@ -278,16 +268,6 @@ class OnceGroup(dist.ProcessGroup):
         rows_out = output_splits or [output.shape[0] // self._size] * self._size
         rows_in = input_splits or [tensor.shape[0] // self._size] * self._size
         return self.alltoall(list(output.split(rows_out)), list(tensor.split(rows_in)), opts)
-
-    def all_to_all_single(
-        self,
-        output: torch.Tensor,
-        tensor: torch.Tensor,
-        output_splits: list[int],
-        input_splits: list[int],
-        opts: Any = None,
-    ) -> OnceWork:
-        return self.alltoall_base(output, tensor, output_splits, input_splits, opts)
 
     def alltoall(
         self, outputs: list[torch.Tensor], inputs: list[torch.Tensor], opts: Any = None
@@ -328,6 +308,9 @@ class OnceGroup(dist.ProcessGroup):
         return self._all_of(works, outputs)
 
     # Names that torch 2.13 gave them.
+    all_gather_single: Any = _allgather_base
+    reduce_scatter_single: Any = _reduce_scatter_base
+    all_to_all_single: Any = alltoall_base
     all_gather_single_coalesced: Any = allgather_into_tensor_coalesced
     reduce_scatter_single_coalesced: Any = reduce_scatter_tensor_coalesced
 

@@ -268,13 +268,13 @@ class Runner:
         execution, fabric, protected = self.execution, self.fabric, self.protected
         if execution is None or fabric is None or protected is None:
             return
-        if not execution.stepped:
-            spent_ns = time.monotonic_ns() - execution.begun_mono_ns
-            execution.busy_ns = spent_ns - (self._waited_ns - execution.waited_before_ns)
         if execution.stepped:
             execution.kind = max(execution.kind, UpdateKind.LATE)
-        elif execution.profile.kind >= UpdateKind.OPAQUE and protected.parameters_changed():
-            execution.kind = UpdateKind.OPAQUE
+        else:
+            spent_ns = time.monotonic_ns() - execution.begun_mono_ns
+            execution.busy_ns = spent_ns - (self._waited_ns - execution.waited_before_ns)
+            if execution.profile.kind >= UpdateKind.OPAQUE and protected.parameters_changed():
+                execution.kind = UpdateKind.OPAQUE
         if self.gate.updating:
             # This step was not known to do so: for this once, its state has no spare copy.
             self.gate.end_update()

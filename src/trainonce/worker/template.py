@@ -1,4 +1,4 @@
-"""A process that has torch imported, from which workers are forked in milliseconds.
+"""A process that has torch imported, from which workers are forked.
 
 Run as `python -m trainonce.worker.template FD script.py args…`. Over the descriptor, a
 sequenced-packet socket, it says `{"ready": true}` once the imports are done, and then serves
@@ -84,9 +84,8 @@ def _become_worker(request: dict[str, Any], fds: list[int]) -> None:
     from trainonce.worker.__main__ import main as work
 
     control, progress, *outputs = fds
-    for number in request["outputs"]:
-        os.dup2(outputs[request["outputs"].index(number)], number)
-    for fd in outputs:
+    for number, fd in zip(request["outputs"], outputs, strict=True):
+        os.dup2(fd, number)
         os.close(fd)
     os.environ.clear()
     os.environ.update(request["env"])

@@ -68,6 +68,20 @@ def environment(**extra: object) -> dict[str, str]:
     }
 
 
+def run_job(command: Sequence[str], **extra: object) -> str:
+    """Run a launcher to its end in `environment(**extra)`; return what it wrote to stdout.
+
+    Raises:
+        RuntimeError: It failed; with the end of what it wrote to stderr.
+    """
+    done = subprocess.run(
+        command, env=environment(**extra), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-3000:]}")
+    return done.stdout
+
+
 def wait_until(condition: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
     """Return the first true value of `condition`, asked seldom: it takes from two cores."""
     deadline_s = time.monotonic() + timeout_s

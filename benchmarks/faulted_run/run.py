@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import (
     LAUNCHER,
     default_hardware,
-    environment,
     incidents,
     read_records,
     result_path,
+    run_job,
     summary,
     table,
     write_result,
@@ -51,15 +50,10 @@ def run_once(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         job = f"faulted-{os.getpid()}"
-        text = subprocess.check_output(
+        text = run_job(
             [*LAUNCHER, "--nproc-per-node", "2", "--spares", "1", "--job-id", job,
              "--chaos", plan(kind, args.steps, args.every), str(HERE / "train.py")],
-            env=environment(
-                MODEL=args.model, STEPS=args.steps, STEPS_FILE=folder / "steps",
-                TRAINONCE_HOME=folder,
-            ),
-            stderr=subprocess.DEVNULL,
-            text=True,
+            MODEL=args.model, STEPS=args.steps, STEPS_FILE=folder / "steps", TRAINONCE_HOME=folder,
         )  # fmt: skip
         records = [record for record in read_records(folder / "steps") if record.rank == 0]
         found = incidents(folder, job)

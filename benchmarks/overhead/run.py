@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,9 +22,9 @@ from harness import (
     LAUNCHER,
     TORCHRUN,
     default_hardware,
-    environment,
     read_result,
     result_path,
+    run_job,
     summary,
     table,
     write_result,
@@ -45,18 +44,14 @@ def run_once(mode: str, model: str, steps: int, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         launcher = LAUNCHER if mode == "trainonce" else TORCHRUN
-        subprocess.run(
+        run_job(
             [*launcher, "--nproc-per-node", str(ranks), str(HERE / "train.py")],
-            env=environment(
-                MODE=mode,
-                MODEL=model,
-                STEPS=steps,
-                WARM_UP=max(steps // 10, 5),
-                OUT=out,
-                TRAINONCE_HOME=folder,
-            ),
-            stderr=subprocess.DEVNULL,
-            check=True,
+            MODE=mode,
+            MODEL=model,
+            STEPS=steps,
+            WARM_UP=max(steps // 10, 5),
+            OUT=out,
+            TRAINONCE_HOME=folder,
         )
         found = [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(ranks)]
     return {

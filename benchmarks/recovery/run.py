@@ -39,6 +39,7 @@ from harness import (
     read_records,
     read_result,
     result_path,
+    run_job,
     stop,
     summary,
     table,
@@ -261,12 +262,9 @@ def measure_torchrun(model: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def measure_bandwidth(num_bytes: int, repeats: int) -> list[float]:
-    text = subprocess.check_output(
+    text = run_job(
         [*TORCHRUN, "--nproc-per-node", "2", str(HERE / "bandwidth.py"), str(num_bytes),
-         str(repeats)],
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        text=True,
+         str(repeats)]
     )  # fmt: skip
     return [num_bytes / seconds for seconds in json.loads(text)]
 

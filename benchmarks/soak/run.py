@@ -76,6 +76,7 @@ def run_job(kind: str, ranks: int, plan: list[str], spares: int = 1) -> dict[str
         "results": {rank: [steps, digest] for _, rank, steps, digest in lines},
         "fired": [event["fault"] for event in fired],
         "causes": Counter(incident["cause"] for incident in found),
+        "not_injected": [one["detail"] for one in found if not one["chaos"]],
         "steps_lost": sum(incident["steps_lost"] for incident in found),
         "seconds": time.monotonic() - begun_s,
         "log": done.stderr[-3000:],
@@ -97,6 +98,8 @@ def judge(job: dict[str, Any], plan: list[str], twin: dict[str, Any]) -> list[st
         wrong.append("another end state than without faults")
     if job["steps_lost"]:
         wrong.append(f"{job['steps_lost']} committed steps lost")
+    if job["not_injected"]:
+        wrong.append(f"failures that nobody injected: {job['not_injected']}")
     # What the launcher carries out waits for a spare, and the job may be over before.
     meant = Counter(entry.split()[0] for entry in plan if "point=" in entry)
     missing = meant - Counter(job["fired"])

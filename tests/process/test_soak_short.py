@@ -46,6 +46,6 @@ def test_a_job_with_faults_ends_with_the_bits_of_its_twin(soak, kind):
 
 def test_a_soak_that_found_something_says_what(soak):
     plan = ["kill step=1 rank=0 point=begin"]
-    job = {"exit_code": 3, "results": {}, "steps_lost": 2, "fired": []}
+    job = {"exit_code": 3, "results": {}, "steps_lost": 2, "fired": [], "not_injected": ["SIGABRT"]}
     wrong = soak.judge(job, plan, {"results": {"0": ["60", "ab"]}})
-    assert len(wrong) == 4
+    assert len(wrong) == 5

@@ -77,7 +77,9 @@ class Migration:
     def advance(self) -> None:
         """Begin the next move if the job is whole and a spare is parked."""
         job = self._job
-        if not self._moves or not job.membership.is_formed or job.restarting or job.stopping:
+        if not self._moves or not job.membership.is_formed:
+            return
+        if job.restarting or job.stopping or job.is_ending:
             return
         move = self._moves[0]
         handle = job.holder(move.rank)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainonce.errors import RecoveryError, StateMismatchError, TrainOnceError
+from trainonce.wire import encoding
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
@@ -186,6 +188,7 @@ class Handover:
         return {
             "trained": list(self._trained.items()),
             "profiles": runner.profiles.to_record(),
+            "returned": base64.b64encode(encoding.encode(runner.local.returned())).decode(),
             "started_at": runner.started_at,
             "reduces_means": runner.means.reduced(runner.commits),
             "poll": runner.durable.record() if runner.durable is not None else None,
@@ -270,7 +273,8 @@ class Handover:
 
     def _stand_at(self, commits: int, record: dict[str, Any], payload: bytes) -> None:
         runner = self._runner
-        runner.restore_record(payload, commits)
+        returned = encoding.decode(base64.b64decode(record["returned"]))
+        runner.restore_record(payload, commits, returned)
         runner.begin_at(commits, started_at=record["started_at"])
         runner.means.expect(record["reduces_means"], commits)
         runner.profiles.load(record["profiles"])

@@ -15,7 +15,7 @@ from trainonce.wire.messages import Mirror as MirrorMessage
 from trainonce.wire.messages import Note
 from trainonce.worker.kept import KeptValues, join, split
 from trainonce.worker.mirror import Mirror
-from trainonce.worker.values import LazyMean
+from trainonce.worker.values import LazyMean, outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,8 +157,22 @@ class LocalState:
         found = self.mirror.find(commits) if self.mirror is not None else None
         return None if found is None else found.payload
 
-    def restore(self, protected: Protected, payload: bytes, commits: int) -> list[LazyMean]:
+    def returned(self) -> Any:
+        """Return the outline of what the last committed step returned; None if that is lost."""
+        position = self._cursor.committed
+        known, value = self.values.get(position) if position is not None else (False, None)
+        return outline(value) if known else value
+
+    def restore(
+        self, protected: Protected, payload: bytes, commits: int, returned: Any = None
+    ) -> list[LazyMean]:
         """Take over what a predecessor of this rank published for `commits` committed steps.
+
+        Args:
+            protected: Takes the buffers that differ by rank.
+            payload: What was published.
+            commits: Committed steps.
+            returned: Outline of what the last of them returned on another rank.
 
         Returns:
             The means of its last step.
@@ -169,7 +183,7 @@ class LocalState:
         self._cursor.committed = record["position"]
         self.values.restore(values, means)
         if record["position"] is not None:
-            self.values.expect(record["position"], record["returns"])
+            self.values.expect(record["position"], returned or record["returns"])
         self.user.clear()
         self.user.update(record["state"])
         protected.load_local_buffers(record["buffers"])

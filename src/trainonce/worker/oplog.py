@@ -77,6 +77,8 @@ class Op:
     future: torch.futures.Future[Any]
     interval: int = 0
     seq: int = 0
+    turn: int = 0
+    """When its group issued it, counted over all intervals."""
     state: OpState = OpState.PENDING
     attempt: int = 0
     early: bool = False
@@ -155,6 +157,7 @@ class GroupLog:
         self.inner: InnerGroup | None = None
         self.ops: dict[int, dict[int, Op]] = {}
         self._replay: dict[tuple[int, int], tuple[str, list[torch.Tensor]]] = {}
+        self._turns = 0
         # Operations with a result, to be issued again for those who have none.
         self.again: set[tuple[int, int]] = set()
 
@@ -168,7 +171,8 @@ class GroupLog:
             CollectiveError: Another operation has that place on the other ranks.
         """
         ops = self.ops.setdefault(interval, {})
-        op.interval, op.seq = interval, len(ops)
+        op.interval, op.seq, op.turn = interval, len(ops), self._turns
+        self._turns += 1
         ops[op.seq] = op
         known = self._replay.pop((interval, op.seq), None)
         if known is None:
@@ -192,22 +196,24 @@ class GroupLog:
         return any(name[0] == interval for name in self._replay)
 
     def pending(self) -> list[Op]:
-        """Return the operations without a result, in the order they were issued."""
+        """Return the operations without a result."""
         return [
-            op
-            for interval in sorted(self.ops)
-            for op in self.ops[interval].values()
-            if op.state is OpState.PENDING
+            op for ops in self.ops.values() for op in ops.values() if op.state is OpState.PENDING
         ]
 
     def to_issue(self) -> list[Op]:
-        """Return what goes out on a new inner group, in an order that is the same everywhere."""
-        return [
+        """Return what goes out on a new inner group, in the order in which the script issued it.
+
+        That is the order on a newcomer too, whose script comes to these operations one by one.
+        By interval it would not be: those in which DDP orders its buckets come first there.
+        """
+        found = [
             op
-            for interval in sorted(self.ops)
-            for seq, op in self.ops[interval].items()
+            for interval, ops in self.ops.items()
+            for seq, op in ops.items()
             if op.state is OpState.PENDING or (interval, seq) in self.again
         ]
+        return sorted(found, key=lambda op: op.turn)
 
     def unfinished(self) -> list[Op]:
         """Return the operations whose result has not reached the caller."""

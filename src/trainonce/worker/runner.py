@@ -555,10 +555,16 @@ class Runner:
             self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
         return lost(value)
 
-    def restore_record(self, payload: bytes, commits: int) -> None:
-        """Take over the local state that a predecessor of this rank published."""
+    def restore_record(self, payload: bytes, commits: int, returned: Any = None) -> None:
+        """Take over the local state that a predecessor of this rank published.
+
+        Args:
+            payload: What it published.
+            commits: For how many committed steps.
+            returned: Outline of what the last of them returned on another rank.
+        """
         assert self.protected is not None
-        self.means.commit(self.local.restore(self.protected, payload, commits))
+        self.means.commit(self.local.restore(self.protected, payload, commits, returned))
 
 
 def _scalar_bits(value: Any) -> int:

@@ -93,8 +93,9 @@ def publish_rank(rank: int, node_rank: int = 0) -> None:
 def call_with_batch(function: Callable[..., object], batch: Any, device: torch.device) -> bool:
     """Call a step function with a sample batch, if its parameters tell how.
 
-    One parameter takes the batch; as many parameters as the batch has elements take those; a
-    dict whose keys are the parameters' names is passed by name.
+    One parameter takes the batch, or the only element of one if it cannot take the batch; as
+    many parameters as the batch has elements take those; a dict whose keys are the parameters'
+    names is passed by name.
 
     Returns:
         Whether it was called.
@@ -107,7 +108,12 @@ def call_with_batch(function: Callable[..., object], batch: Any, device: torch.d
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     if len(wanted) == 1:
-        function(moved)
+        try:
+            function(moved)
+        except Exception:
+            if not (isinstance(moved, list | tuple) and len(moved) == 1):
+                raise
+            function(moved[0])  # `for (x,) in run.batches(loader)`
     elif isinstance(moved, list | tuple) and len(moved) == len(wanted) > 1:
         function(*moved)
     elif isinstance(moved, dict) and wanted and {p.name for p in wanted} <= set(moved):

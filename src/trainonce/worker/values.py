@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 class Lost:
     """Stands for the return value of a committed step whose process died with it.
 
-    The step itself is not lost: its update is in the parameters. It behaves like a NaN where
-    a number is wanted and like an empty sequence where one is, so that logging code goes on.
-    Where the step returned a tuple or a dict before, each of its elements is LOST.
+    The step itself is not lost: its update is in the parameters. So that logging code goes on,
+    it is a NaN in arithmetic, comparisons and formats, its elements are LOST, it is empty when
+    iterated over, and `detach()`, `cpu()`, `to(…)`, `mean()`, `sum()` and `clone()` return
+    it. Where steps return a tuple or a dict, each of its elements is LOST instead.
     """
 
     _instance: Lost | None = None
@@ -38,6 +39,9 @@ class Lost:
     def __len__(self) -> int:
         return 0
 
+    def __getitem__(self, key: object) -> Lost:
+        return self
+
     def __float__(self) -> float:
         return math.nan
 
@@ -51,15 +55,34 @@ class Lost:
         """Return NaN, as a tensor's `item` would return a number."""
         return math.nan
 
+    def _nan(self, *_: object) -> float:
+        return math.nan
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _nan
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = __abs__ = __round__ = _nan
+
+    def _never(self, other: object) -> bool:
+        return False
+
+    __lt__ = __le__ = __gt__ = __ge__ = _never
+
+    def _itself(self, *_: object, **__: object) -> Lost:
+        return self
+
+    detach = cpu = to = mean = sum = clone = _itself
+
 
 LOST: Final = Lost()
 
 
 def outline(value: Any) -> Any:
-    """Return the tuples and dicts that `value` is made of, with None for everything else."""
+    """Return the tuples and dicts that `value` is made of, with None for everything else.
+
+    Dicts with other keys than text and integers count as everything else.
+    """
     if type(value) is tuple:
         return tuple(outline(each) for each in value)
-    if type(value) is dict:
+    if type(value) is dict and all(type(key) in (str, int) for key in value):
         return {key: outline(each) for key, each in value.items()}
     return None
 

@@ -30,7 +30,7 @@ def shaken(calm, tmp_path):
     """Return a function that runs a script with faults, and checks what holds for each.
 
     The job ends well, leaves no process behind, loses no committed step, every fault of the
-    plan fired, and all ranks end bit for bit as without faults.
+    plan fired and nothing else failed, and all ranks end bit for bit as without faults.
     """
 
     def run(script, *args, faults, world=2, spares=2, options=()):
@@ -42,6 +42,8 @@ def shaken(calm, tmp_path):
         result.assert_completed()
         assert len(result.faults) == len(faults), result.explain()
         result.assert_nothing_lost()
+        own = [incident for incident in result.incidents if not incident.chaos]
+        assert not own, f"failures that nobody injected: {own}\n{result.explain()}"
         result.assert_same_state(calm(script, *args, world=world))
         return result
 

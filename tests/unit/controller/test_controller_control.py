@@ -139,6 +139,19 @@ def test_migration_moves_a_rank_without_killing_it(bench):
     assert answers == [(True, b.lines[-1])]
 
 
+def test_a_move_that_waits_for_a_worker_starts_none_once_the_job_has_ended(bench):
+    b = bench().ready()
+    b.supervisor.migration.request(0, lambda ok, text: None)
+    for rank in (0, 1):
+        b.rank(rank).say(Done(step=5))
+    b.step(1.0)
+    for rank in (0, 1):
+        b.rank(rank).end()
+    b.step(1.0)
+    assert b.supervisor.is_over
+    assert len(b.engine.started) == 3
+
+
 def test_migration_without_a_spare_waits_for_a_new_worker(bench):
     b = bench().ready()
     b.commit(3)

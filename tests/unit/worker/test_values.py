@@ -16,6 +16,13 @@ def test_lost_lets_logging_go_on():
     assert list(LOST) == []
     assert not LOST
     assert trainonce.LOST is LOST
+    assert math.isnan(1 + LOST)
+    assert math.isnan(LOST * 2)
+    assert math.isnan(sum([1.0, LOST]))
+    assert not LOST < 1
+    assert not LOST > 1
+    assert LOST["loss"][0] is LOST
+    assert math.isnan(LOST.detach().cpu().item())
     assert copy.deepcopy([LOST])[0] is LOST
 
 

@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _NormBase
@@ -141,6 +142,16 @@ def test_a_static_graph_reduces_its_used_map_in_the_first_pass_and_rebuilds_in_t
         rebuilt.append(bool(orders(group, model)))
     assert maps == [True, False, False, False]
     assert rebuilt == [False, False, True, False]
+
+
+def test_states_of_hooks_are_found_and_groups_are_none(group):
+    ddp = DDP(torch.nn.Linear(2, 2))
+    state = powerSGD_hook.PowerSGDState(None)
+    ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    assert torch_private.hook_states(ddp) == [state]
+    other = DDP(torch.nn.Linear(2, 2))
+    other.register_comm_hook(dist.group.WORLD, default_hooks.allreduce_hook)
+    assert torch_private.hook_states(other) == []
 
 
 def test_buckets_can_be_rebuilt_without_a_backward_pass(group):

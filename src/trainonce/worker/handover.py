@@ -361,6 +361,7 @@ class Handover:
         rehearsed = 0
         image = runner.protected.image()
         small = runner.protected.copy_small()
+        hooks = copy_tree(runner.protected.hooks.read())
         runner.rehearsing = True
         try:
             batch = self.sample()
@@ -379,6 +380,7 @@ class Handover:
                 parameter.grad = None
             runner.protected.restore(image)
             runner.protected.load_small(small)
+            runner.protected.hooks.load(hooks)
             runner.rehearsing = False
         return rehearsed
 

@@ -105,6 +105,7 @@ class LocalState:
             "position": position,
             "state": self.user,
             "buffers": protected.local_buffers() if protected.has_buffers else {},
+            "hooks": protected.hooks.read(),
             "loops": self._loops.record(),
             "means": [mean.local for mean in means],
             "samples": self._progress["samples"],
@@ -121,7 +122,7 @@ class LocalState:
     def _encode_head(self, head: dict[str, Any], returns: Any) -> bytes:
         # Mostly the same at the commit as ahead of it. What may have changed in place is not
         # compared, but encoded again.
-        plain = not head["state"] and not head["buffers"]
+        plain = not (head["state"] or head["buffers"] or head["hooks"])
         if plain and self._head is not None and self._head[0] == head:
             return self._head[1]
         encoded = encoding.encode({**head, "returns": returns})
@@ -187,6 +188,8 @@ class LocalState:
         self.user.clear()
         self.user.update(record["state"])
         protected.load_local_buffers(record["buffers"])
+        if record.get("hooks"):  # checkpoints of before have none
+            protected.hooks.load(record["hooks"])
         self._loops.restore(record["loops"])
         self._progress["samples"] = record["samples"]
         self._progress["tokens"] = record["tokens"]

@@ -289,7 +289,9 @@ class Runner:
             )
         fewest = execution.profile.fewest_operations
         issued = fabric.num_issued() - execution.operations_before
-        if spans_world and (fewest is None or issued + 1 >= fewest):
+        if not spans_world or protected.hooks:
+            return  # hooks change what they keep until the last gradient is reduced
+        if fewest is None or issued + 1 >= fewest:
             self._publish_ahead(execution)
 
     def _publish_ahead(self, execution: Execution) -> None:
@@ -307,9 +309,10 @@ class Runner:
         execution.published = True
 
     def _publish_together(self, execution: Execution) -> None:
-        """Where a step issues fewer collectives than ever, wait until all ranks have published.
+        """Where nothing was published ahead of the last collective, wait until all ranks have.
 
-        Otherwise one could commit while another, which has published nothing, dies.
+        So it is where a step issues fewer collectives than ever, and with stateful hooks of
+        DDP. Otherwise one could commit while another, which has published nothing, dies.
         """
         if self.fabric is not None and self.world_size > 1 and not execution.published:
             self._publish_ahead(execution)

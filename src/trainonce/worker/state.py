@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainonce.errors import ConfigError, StateError, StateMismatchError
 from trainonce.wire import encoding
+from trainonce.worker.hooks import HookStates
 from trainonce.worker.shards import (
     describe_split,
     restore_split,
@@ -74,8 +75,10 @@ class Protected:
         self.modules: dict[str, torch.nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.stateful: dict[str, Any] = {}
+        ddps: list[DistributedDataParallel] = []
+        self.hooks = HookStates(ddps)
         for name, value in objects.items():
-            self._register(name, value)
+            self._register(name, value, ddps)
         self._parameters = _unique(
             (f"{name}.{key}", parameter)
             for name, module in self.modules.items()
@@ -100,9 +103,10 @@ class Protected:
         # Optimizer state of a rehearsal: its memory is mapped, which takes longer than to fill it.
         self._warm: dict[torch.Tensor, dict[str, Any]] = {}
 
-    def _register(self, name: str, value: Any) -> None:
+    def _register(self, name: str, value: Any, ddps: list[DistributedDataParallel]) -> None:
         if isinstance(value, DistributedDataParallel):
             self.modules[name] = value.module
+            ddps.append(value)
         elif isinstance(value, torch.nn.Module):
             self.modules[name] = value
         elif isinstance(value, torch.optim.Optimizer):
@@ -111,10 +115,10 @@ class Protected:
             self.stateful[name] = value
         elif isinstance(value, Mapping):
             for key, each in value.items():
-                self._register(f"{name}.{key}", each)
+                self._register(f"{name}.{key}", each, ddps)
         elif isinstance(value, Sequence) and not isinstance(value, str):
             for index, each in enumerate(value):
-                self._register(f"{name}.{index}", each)
+                self._register(f"{name}.{index}", each, ddps)
         else:
             raise ConfigError(
                 f"cannot protect {name}={type(value).__name__}: it has no state_dict and"

@@ -83,6 +83,15 @@ def reduces_bucket(tensor: torch.Tensor) -> bool:
     )
 
 
+def hook_states(ddp: DistributedDataParallel) -> list[Any]:
+    """Return what was registered as the state of the communication hooks of `ddp`."""
+    return [
+        state
+        for _hook, state in ddp._comm_hooks
+        if state is not None and not isinstance(state, torch.distributed.ProcessGroup)
+    ]
+
+
 class DdpRegistry:
     """The DDP instances of this process, in order of construction."""
 

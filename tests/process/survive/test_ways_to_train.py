@@ -6,8 +6,8 @@ import pytest
 COMMITS = {
     "batchnorm_dropout": 6, "buffers_not_broadcast": 6, "find_unused": 6, "static_graph": 6,
     "bucket_view": 6, "no_sync_inside": 6, "no_sync_across": 2, "clipping": 6, "amp_scaler": 6,
-    "schedulers": 6, "comm_hook": 6, "gan": 6, "sam": 6, "lbfgs": 6, "own_collectives": 6,
-    "late_collectives": 6, "by_hand": 6, "moving_average": 6,
+    "schedulers": 6, "comm_hook": 6, "powersgd_hook": 6, "gan": 6, "sam": 6, "lbfgs": 6,
+    "own_collectives": 6, "late_collectives": 6, "by_hand": 6, "moving_average": 6,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import sys
 import torch
 import torch.distributed as dist
 from pieces import WIDTH, batch, loss_of, mlp
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powerSGD
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -197,6 +198,14 @@ def schedulers():
 def comm_hook():
     model = small_ddp(mlp())
     model.register_comm_hook(None, fp16_compress_hook)
+    return plain_loop(model, sgd(model))
+
+
+@variant
+def powersgd_hook():
+    model = DDP(mlp())
+    state = powerSGD.PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=0.5)
+    model.register_comm_hook(state, powerSGD.powerSGD_hook)
     return plain_loop(model, sgd(model))
 
 

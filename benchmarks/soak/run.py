@@ -34,6 +34,7 @@ from harness import (
 HERE = Path(__file__).resolve().parent
 KINDS = ("plain", "accumulate", "batchnorm", "scaler", "late collective", "evaluation")
 STEPS = 60
+EVALUATE_EVERY = 11  # ten steps and an evaluation
 _ACTIONS = ("kill", "kill", "kill", "raise", "exit", "stop", "migrate", "reset", "kill_spare")
 _POINTS = ("loader", "begin", "forward", "backward", "collective", "reduced", "update",
            "updated", "commit", "between")  # fmt: skip
@@ -41,11 +42,17 @@ _TIMEOUT_S = 600
 
 
 def draw_plan(generator: random.Random, kind: str, ranks: int, faults: int) -> list[str]:
-    """Return faults at different steps, so that a replica is always left."""
+    """Return faults at least two steps apart, so that a replica is always left.
+
+    In neighbouring steps it need not be: a rank that has committed the first of them is in the
+    second while another is still about to die in the first.
+    """
     committed = STEPS // 3 if kind == "accumulate" else STEPS
-    steps = sorted(generator.sample(range(1, committed - 1), faults))
+    drawn = sorted(generator.sample(range(1, committed - faults), faults))
     found: list[str] = []
-    for step in steps:
+    for step in (each + place for place, each in enumerate(drawn)):
+        if kind == "evaluation" and step % EVALUATE_EVERY == EVALUATE_EVERY - 1:
+            continue  # an evaluation commits too, and has neither gradients nor an update
         action = generator.choice(_ACTIONS)
         entry = f"{action} step={step}"
         if action not in ("reset", "kill_spare"):

@@ -144,6 +144,15 @@ def test_a_static_graph_reduces_its_used_map_in_the_first_pass_and_rebuilds_in_t
     assert rebuilt == [False, False, True, False]
 
 
+def test_a_pass_that_was_broken_off_can_be_forgotten(group):
+    ddp = DDP(torch.nn.Linear(2, 2))
+    ddp(torch.ones(1, 2))  # waits for its backward pass from here on
+    torch_private.forget_passes(ddp)
+    torch_private.rebuild_buckets(ddp)
+    ddp(torch.ones(1, 2)).sum().backward()
+    assert ddp.module.weight.grad is not None
+
+
 def test_states_of_hooks_are_found_and_groups_are_none(group):
     ddp = DDP(torch.nn.Linear(2, 2))
     state = powerSGD_hook.PowerSGDState(None)

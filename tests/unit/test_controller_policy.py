@@ -116,6 +116,12 @@ def test_a_crash_is_met_twice_and_a_kill_from_outside_five_times(signum, limit):
     assert judge_death([one] * limit, 2).action is Action.END
 
 
+def test_hangs_in_one_section_are_the_same_however_long_they_were_watched():
+    history = [death(cause="hang", detail=f"no progress for 30.{n} s") for n in range(5)]
+    assert judge_death(history[:4], 2).action is Action.REPLACE
+    assert judge_death(history, 2).action is Action.END
+
+
 def test_deaths_by_the_fault_plan_prove_nothing():
     assert judge_death([death(chaos=True)] * 9, 2).action is Action.REPLACE
     assert judge_death([death(chaos=True), death()], 2).action is Action.REPLACE

@@ -174,6 +174,11 @@ class Death:
     chaos: bool = False
     signum: int = 0
 
+    @property
+    def signature(self) -> tuple[int, str, str]:
+        """What deaths of one origin have in common; hangs differ in how long they were watched."""
+        return (self.step, self.cause, "" if self.cause == "hang" else self.detail)
+
 
 # Signals by which a program ends itself when it is broken. The others come from outside, so
 # meeting them twice proves nothing about the script.
@@ -205,11 +210,7 @@ def judge_death(history: Sequence[Death], world_size: int) -> Decision:
     last = history[-1]
     if last.chaos:
         return Decision(Action.REPLACE, "injected by the fault plan", (last.rank,))
-    alike = [
-        d
-        for d in history
-        if not d.chaos and (d.step, d.cause, d.detail) == (last.step, last.cause, last.detail)
-    ]
+    alike = [d for d in history if not d.chaos and d.signature == last.signature]
     times = sum(d.rank == last.rank for d in alike)
     ranks = {d.rank for d in alike}
     where = f"step {last.step}" if last.step >= 0 else "the set-up"

@@ -442,7 +442,7 @@ class Fabric:
 
     def _report(self, host: Host, *, fresh: bool) -> RankReport:
         with self.lock:
-            lasting = {key for group in self._groups.values() for key in group.ops if key <= SETUP}
+            lasting = {key for group in self._groups.values() for key in group.lasting()}
             intervals = lasting | {SETUP, self.commits - 1, self.commits}
             return RankReport(
                 fresh=fresh,

@@ -45,6 +45,10 @@ _POLL_S = 0.005
 _SETTLED = 2
 
 
+class _RehearsalOver(BaseException):
+    """A rehearsal has come to what can only be done with the other ranks."""
+
+
 class Handover:
     """The fabric's host.
 
@@ -88,7 +92,11 @@ class Handover:
         In rehearsals; and in the constructor of DDP of a process that takes a rank over,
         since the others have long left theirs.
         """
-        if self._runner.rehearsing or (self._used_maps and self._is_used_map(kind, tensors)):
+        if self._runner.rehearsing:
+            if kind == "broadcast" and torch_private.rebuilding_ddp() is not None:
+                raise _RehearsalOver
+            return True
+        if self._used_maps and self._is_used_map(kind, tensors):
             return True
         if self._fabric.interval != SETUP:
             return False
@@ -352,8 +360,9 @@ class Handover:
     def _rehearse(self) -> int:
         """Execute each step once on a sample batch, then put everything back.
 
-        Warms up whatever is lazy: kernels, allocators, compilers, optimizer state. Buckets are
-        not rebuilt by a single pass, so they stay as the survivors' were after theirs.
+        Warms up whatever is lazy: kernels, allocators, compilers, optimizer state. Where a DDP
+        comes to order its buckets, which is in its second pass, the rehearsal ends: their order
+        is that of the other ranks, and not known yet.
         """
         runner = self._runner
         if self.sample is None or runner.protected is None:
@@ -369,6 +378,8 @@ class Handover:
                 rehearsed += call_with_batch(step.function, batch, self._device)
         except TrainOnceError:
             raise
+        except _RehearsalOver:
+            rehearsed += 1
         except Exception as error:
             runner.notify(
                 Note(
@@ -378,6 +389,8 @@ class Handover:
         finally:
             for _, parameter in runner.protected.parameters():
                 parameter.grad = None
+            for _, ddp in self._ddps.living():
+                torch_private.forget_passes(ddp)
             runner.protected.restore(image)
             runner.protected.load_small(small)
             runner.protected.hooks.load(hooks)

@@ -195,6 +195,11 @@ class GroupLog:
         """Tell whether results wait for operations of `interval`."""
         return any(name[0] == interval for name in self._replay)
 
+    def lasting(self) -> set[int]:
+        """Return the intervals that are kept for the life of the job, asked for here or not."""
+        found = {*self.ops, *(interval for interval, _ in self._replay)}
+        return {interval for interval in found if interval <= SETUP}
+
     def pending(self) -> list[Op]:
         """Return the operations without a result."""
         return [

@@ -117,6 +117,11 @@ def mark_all_parameters_ready(ddp: DistributedDataParallel) -> None:
     ddp.reducer._push_all_rebuilt_params()
 
 
+def forget_passes(ddp: DistributedDataParallel) -> None:
+    """Bring `ddp` where it was before its first pass, whatever a rehearsal left unfinished."""
+    ddp.reducer._reset_state()
+
+
 def rebuild_buckets(ddp: DistributedDataParallel) -> None:
     """Rebuild the buckets of `ddp` now; its broadcasts go through its process group."""
     ddp.reducer._push_all_rebuilt_params()

@@ -56,3 +56,12 @@ def test_groups_of_the_scripts_own_survive_kills_of_members_and_others(shaken):
         faults=["kill rank=2 step=3 point=backward", "kill rank=1 step=6 point=collective",
                 "kill rank=0 step=9 point=updated"],
     )  # fmt: skip
+
+
+def test_a_rehearsed_spare_passes_on_the_order_of_buckets_that_it_never_needed(shaken):
+    result = shaken(
+        "reused.py", spares=1,
+        faults=["kill rank=1 step=12 point=begin", "kill rank=0 step=13 point=begin"],
+    )  # fmt: skip
+    first, second = (incident.waited_for_spare_s for incident in result.incidents)
+    assert first == 0 < second, "the second newcomer is to be one that has not rehearsed"

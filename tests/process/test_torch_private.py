@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -142,6 +143,15 @@ def test_a_static_graph_reduces_its_used_map_in_the_first_pass_and_rebuilds_in_t
         rebuilt.append(bool(orders(group, model)))
     assert maps == [True, False, False, False]
     assert rebuilt == [False, False, True, False]
+
+
+def test_groups_that_are_made_are_seen_whether_or_not_this_rank_is_a_member(group, monkeypatch):
+    monkeypatch.setattr(c10d, "_new_process_group_helper", c10d._new_process_group_helper)
+    seen = []
+    torch_private.watch_new_groups(seen.append)
+    monkeypatch.setattr(c10d, "_store_based_barrier", lambda *_, **__: None)
+    assert dist.new_group([1]) is dist.GroupMember.NON_GROUP_MEMBER
+    assert seen == [[1]]
 
 
 def test_a_pass_that_was_broken_off_can_be_forgotten(group):

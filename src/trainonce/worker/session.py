@@ -19,7 +19,7 @@ from trainonce.errors import ConfigError, StateMismatchError
 from trainonce.events import LeverApplied
 from trainonce.wire.messages import Done, Failed, Note, Report
 from trainonce.wire.progress import Phase, Progress
-from trainonce.worker import spare
+from trainonce.worker import spare, torch_private
 from trainonce.worker.data import StatefulLoader, adapt_loader
 from trainonce.worker.durable import CheckpointSettings, Command, Durable
 from trainonce.worker.fabric import WORLD, Fabric
@@ -37,7 +37,7 @@ from trainonce.worker.state import Protected
 from trainonce.worker.step import Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, MutableMapping
+    from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
     from torch.utils.data import Dataset
 
@@ -304,7 +304,14 @@ class Run:
             rank=max(self._promotion.rank, 0),
             world_size=self._world_size,
         )
+        torch_private.watch_new_groups(self._note_group)
         self._runner.progress["phase"] = Phase.SETUP
+
+    def _note_group(self, ranks: Sequence[int]) -> None:
+        assert self._fabric is not None
+        if ranks and len(ranks) < self._world_size:
+            # Steps complete together from here on, on all ranks alike.
+            self._fabric.subgroups_elsewhere = True
 
     def _join_plainly(self) -> None:
         backend = "gloo"
@@ -417,7 +424,7 @@ class Run:
             if handover is not None:
                 handover.private = False
         if self._fabric is not None:
-            self._fabric.subgroups_elsewhere = any(subgroups for _, subgroups, _ in everywhere)
+            self._fabric.subgroups_elsewhere |= any(subgroups for _, subgroups, _ in everywhere)
         for other, (theirs, _, _) in enumerate(everywhere):
             for different in set(layout).symmetric_difference(theirs):
                 raise StateMismatchError(

@@ -15,17 +15,20 @@ groups, where `parameter.grad` does not show them.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.graph
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from types import FrameType
 
 _DDP_INIT = DistributedDataParallel.__init__.__code__
@@ -81,6 +84,24 @@ def reduces_bucket(tensor: torch.Tensor) -> bool:
         and tensor.device.type == "cpu"
         and sys._getframe(2).f_code is _BACKWARD
     )
+
+
+def watch_new_groups(told: Callable[[Sequence[int]], object]) -> None:
+    """Call `told` with the global ranks of each group that is made, on members and others.
+
+    Every rank has to call `new_group`, but torch makes a group on its members only.
+    """
+    make = c10d._new_process_group_helper
+
+    @functools.wraps(make)
+    def watched(
+        group_size: int, group_rank: int, ranks: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Any:
+        made = make(group_size, group_rank, ranks, *args, **kwargs)
+        told(ranks)
+        return made
+
+    c10d._new_process_group_helper = watched
 
 
 def hook_states(ddp: DistributedDataParallel) -> list[Any]:

@@ -1,4 +1,7 @@
-"""Process groups of the script's own: a pair of ranks, and a second group over all of them."""
+"""Process groups of the script's own: pairs of ranks, and a second group over all of them.
+
+The second pair is made after `protect`, as evaluation code does.
+"""
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ pair = dist.new_group([0, 1])
 model = DDP(mlp(), process_group=everyone)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 run.protect(model=model, optimizer=optimizer)
+later = dist.new_group([1, 2])
 
 
 @run.step
@@ -24,6 +28,8 @@ def train(step):
     shared = torch.full((2,), float(run.rank + step))
     if run.rank < 2:
         dist.all_reduce(shared, group=pair)
+    if run.rank > 0:
+        dist.all_reduce(shared, group=later)
     optimizer.step()
     optimizer.zero_grad()
     late = shared.clone()

@@ -71,6 +71,8 @@ class Handover:
         self._formed = threading.Event()
         self._job_commits = threading.Event()
         self._newcomer = not runner.promotion.done
+        self._took_over = False
+        self._entered_at = 0
         self.private = False
         self.sample: Callable[[], Any] | None = None
 
@@ -78,6 +80,11 @@ class Handover:
     def is_newcomer(self) -> bool:
         """Whether this process takes over a rank that others have trained with."""
         return self._newcomer
+
+    @property
+    def skips(self) -> bool:
+        """Whether this process took a rank over and has not executed a step of its own yet."""
+        return self._took_over and self._runner.commits == self._entered_at
 
     @property
     def shards(self) -> list[str]:
@@ -332,6 +339,7 @@ class Handover:
         runner.progress["phase"] = Phase.RECOVERING
         self._formed.wait()
         self._newcomer = False
+        self._took_over, self._entered_at = True, runner.commits
         self._adopt_buckets(rehearsed=rehearsed > 0)
         runner.means.reduce(runner.commits)
         runner.follow_up()

@@ -541,6 +541,16 @@ class Run:
         """Tell the launcher which exception ended the script."""
         if self._link is None:
             return
+        missing = isinstance(error, NameError | TypeError | AttributeError)
+        if missing and self._handover is not None and self._handover.skips:
+            self._link.send(
+                Note(
+                    key="variables",
+                    level="warning",
+                    text="a process that takes a rank over does not go through completed loops:"
+                    " what code after them needs (a last loss, say) belongs in run.state",
+                )
+            )
         self._link.send(
             Failed(
                 step=self._runner.commits,

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import os
 import queue
 import sys
 import threading
@@ -32,9 +33,12 @@ from trainonce.graph.packages import Origin, origin_of
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from trainonce.errors import UnhashableError
+
 # Names through which a function reaches what cannot be told beforehand.
 _WIDENING = frozenset({"getattr", "globals", "vars", "locals", "attrgetter", "methodcaller"})
 _UNDECIDABLE = frozenset({"eval", "exec", "__import__", "import_module", "run_path", "run_module"})
+_UNDECIDABLE_ATTRIBUTES = frozenset({"__subclasses__", "__globals__"})
 # Attributes of a class that say nothing about what it does.
 _CLASS_INCIDENTAL = frozenset({
     "__doc__", "__module__", "__dict__", "__weakref__", "__firstlineno__", "_abc_impl",
@@ -89,7 +93,22 @@ def encode_code(value: Any, path: str) -> str:
     walk: _Walk | None = getattr(_active, "walk", None)
     if walk is not None:
         return walk.name_of(value, path)
-    return fingerprint(value, path=path).digest
+    found = fingerprint(value, path=path)
+    impure: list[str] | None = getattr(_active, "impure", None)
+    if impure is not None:
+        impure += found.impure
+    return found.digest
+
+
+@contextmanager
+def noting_impure() -> Generator[list[str]]:
+    """Note what code in the values that are digested meanwhile names: clocks and the like."""
+    before = getattr(_active, "impure", None)
+    _active.impure = found = []
+    try:
+        yield found
+    finally:
+        _active.impure = before
 
 
 @contextmanager
@@ -110,6 +129,10 @@ class _Walk:
         self._names: dict[int, str] = {}
         self._reached: set[str] = set()
         self._queue: deque[tuple[str, Any]] = deque()
+        self._live: set[str] = set()
+        self._attributes_read: set[str] = set()
+        self._attributes_added: set[str] = set()
+        self._counters: list[tuple[str, str, Any]] = []
         self._kept: list[Any] = []  # so that no id is given to another object meanwhile
 
     def run(self) -> None:
@@ -122,12 +145,22 @@ class _Walk:
                 self._class(name, value)
             else:
                 self._module(name, value)
+        self._count_what_is_read()
         self.result.impure += purity_names.combined_reasons(self._reached)
         self.result.seeds = purity_names.seeds_globally(self._reached)
 
-    def name_of(self, value: Any, path: str) -> str:
-        """Return the name under which `value` is, or will be, part of the fingerprint."""
+    def name_of(self, value: Any, path: str, *, live: bool = True) -> str:
+        """Return the name under which `value` is, or will be, part of the fingerprint.
+
+        Args:
+            value: A function, class or module.
+            path: How an error names it.
+            live: Of a module count also what its globals hold now, whoever set them.
+        """
         value = _unwrapped(value)
+        if live and isinstance(value, types.ModuleType) and value.__name__ not in self._live:
+            self._live.add(value.__name__)
+            self._globals_of(value, path)
         if id(value) in self._names:
             return self._names[id(value)]
         module = value.__name__ if isinstance(value, types.ModuleType) else _module_of(value)
@@ -135,6 +168,9 @@ class _Walk:
         origin = origin_of(module)
         if not origin.is_project:
             self._library(origin)
+            # Handed on as a value, as a default say, it is called by another name.
+            reasons = purity_names.reasons(full, called_without_arguments=False)
+            self.result.impure += [f"{reason}, by way of {path}" for reason in reasons]
             return full
         if not isinstance(value, (types.FunctionType, type, types.ModuleType)):
             raise unhashable(path, value, "it is compiled code without a version")
@@ -156,6 +192,20 @@ class _Walk:
         body = body_of(function.__code__)
         place = f"{Path(function.__code__.co_filename).name}:{function.__code__.co_firstlineno}"
         self.result.places[name] = place
+        file = Path(function.__code__.co_filename).name
+        if implementations := _registry_of(function):
+            self.result.parts[name] = combine(
+                "singledispatch",
+                [(_full(kind), self._value(one, name)) for kind, one in implementations.items()],
+            )
+            return
+        added, read = body.attributes
+        if reaching := _UNDECIDABLE_ATTRIBUTES & read:
+            what = f"{sorted(reaching)[0]} in {place} reaches code"
+            raise _undecidable(name, function, what)
+        self._attributes_added |= added
+        self._attributes_read |= read
+        self.result.impure += [f"seed() draws entropy at {file}:{n}" for n in body.reseeds]
         found = [
             ("body", body.digest),
             ("defaults", digest(function.__defaults__, path=f"default of {name}")),
@@ -190,10 +240,22 @@ class _Walk:
     def _class(self, name: str, cls: type) -> None:
         content: list[tuple[str, str]] = []
         for key, item in sorted(vars(cls).items()):
-            if key not in _CLASS_INCIDENTAL:
+            if key in _CLASS_INCIDENTAL:
+                continue
+            if _is_added_to(item):
+                self._counters.append((name, key, item))
+            else:
                 content.append((key, self._attribute(item, f"{name}.{key}")))
         bases = [self.name_of(base, name) for base in (*cls.__bases__, type(cls))]
         self.result.parts[name] = combine("class", [*content, ("bases", " ".join(bases))])
+
+    def _count_what_is_read(self) -> None:
+        """Count the attributes of classes that code does not only add to: no counters of calls."""
+        only_added = self._attributes_added - self._attributes_read
+        for name, key, item in self._counters:
+            if key not in only_added or self.result.notes:
+                path = f"{name}.{key}"
+                self.result.parts[f"value {path}"] = self._value(item, path)
 
     def _attribute(self, item: Any, path: str) -> str:
         """Return the digest of one entry of a class's dictionary."""
@@ -233,7 +295,16 @@ class _Walk:
             if not origin.is_project:
                 self._library(origin)
             elif imported in sys.modules:
-                self.name_of(sys.modules[imported], name)
+                self.name_of(sys.modules[imported], name, live=False)
+
+    def _globals_of(self, module: types.ModuleType, where: str) -> None:
+        if not origin_of(module.__name__).is_project:
+            return
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, types.ModuleType):
+                self.name_of(value, where, live=False)
+            elif not key.startswith("__"):
+                self._used(value, f"{module.__name__}.{key}", where)
 
     def _check_loaded(self, name: str, module: types.ModuleType, file: Path) -> None:
         """Refuse a module whose file was edited after this process imported it."""
@@ -255,14 +326,12 @@ class _Walk:
 
     def _reference(self, name: str, function: types.FunctionType, reference: Reference) -> None:
         where = f"{Path(function.__code__.co_filename).name}:{reference.line}"
+        called = (reference.name, *reference.attributes)[-1]
         if reference.name in _UNDECIDABLE or _UNDECIDABLE.intersection(reference.attributes):
-            called = (reference.name, *reference.attributes)[-1]
-            raise unhashable(name, function, f"{called}() at {where} runs code by a name that is "
-                             "only known at run time; declare `version=`")  # fmt: skip
-        if reference.name in _WIDENING or (
-            reference.attributes and reference.attributes[-1] in ("attrgetter", "methodcaller")
-        ):
-            self._widen(function, where, (reference.name, *reference.attributes)[-1])
+            raise _undecidable(name, function, f"{called}() at {where} runs code")
+        if reference.name in _WIDENING or called in ("attrgetter", "methodcaller"):
+            # Of these only one reaches what nothing else of the function names: its globals.
+            self._widen(function, where, f"{called}()", live=called == "globals")
         if reference.module and reference.attributes == ("__name__",):
             origin = origin_of(_resolve_name(reference.module, function.__globals__))
             if not origin.is_project:
@@ -300,6 +369,9 @@ class _Walk:
             name = f"{name}.{attribute}"
             if attribute == "__name__":
                 return
+            if attribute == "__dict__" and origin_of(value.__name__).is_project:
+                self._widen_module(value, where, f"{name}", live=True)
+                return
             owner = value
             value = getattr(owner, attribute, sys.modules.get(name, _MISSING))
             if value is _MISSING:
@@ -308,6 +380,10 @@ class _Walk:
             name = _dotted(value, name)
         reached = ".".join([name, *left])
         self._reached.add(reached)
+        if reached == "sys.modules.[__name__]":
+            self._widen(function, where, "sys.modules[__name__]", live=True)
+        elif reached.startswith("sys.modules") or value is sys.modules:
+            raise _undecidable(_full(function), function, f"sys.modules at {where} reaches modules")
         bare_call = ref.called_without_arguments
         for reason in purity_names.reasons(reached, called_without_arguments=bare_call):
             self.result.impure.append(f"{reason} at {where}")
@@ -317,7 +393,8 @@ class _Walk:
             if not isinstance(value, types.ModuleType):
                 return
         if isinstance(value, types.ModuleType) and origin_of(value.__name__).is_project:
-            self._widen_module(value, where, f"the use of module {value.__name__} as a value")
+            cause = f"the use of module {value.__name__} as a value"
+            self._widen_module(value, where, cause, live=True)
             return
         if ref.module or not isinstance(root, types.ModuleType):
             label = f"{function.__module__}.{ref.name or name}"
@@ -337,17 +414,24 @@ class _Walk:
             return self.name_of(value, path)
         return digest(value, path=path)
 
-    def _widen(self, function: types.FunctionType, where: str, cause: str) -> None:
+    def _widen(self, function: types.FunctionType, where: str, cause: str, *, live: bool) -> None:
         module = sys.modules.get(function.__module__)
         if module is None:
             raise unhashable(function.__module__, function, "its module is gone")
-        self._widen_module(module, where, f"{cause}()")
+        self._widen_module(module, where, cause, live=live)
 
-    def _widen_module(self, module: types.ModuleType, where: str, cause: str) -> None:
+    def _widen_module(
+        self, module: types.ModuleType, where: str, cause: str, *, live: bool
+    ) -> None:
         note = f"all of {module.__name__} counts, because of {cause} at {where}"
         if note not in self.result.notes:
             self.result.notes.append(note)
-        self.name_of(module, where)
+        self.name_of(module, where, live=live)
+
+
+def _undecidable(path: str, function: types.FunctionType, what: str) -> UnhashableError:
+    how = "by a name that is only known at run time; declare `version=`"
+    return unhashable(path, function, f"{what} {how}")
 
 
 _MISSING: Any = object()
@@ -358,6 +442,18 @@ def _content(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return _MISSING
+
+
+def _registry_of(function: types.FunctionType) -> dict[type, Any]:
+    """Return the implementations of a function made by `functools.singledispatch`, or none."""
+    registry = vars(function).get("registry")
+    if function.__code__.co_filename != functools.__file__ or registry is None:
+        return {}
+    return dict(registry)
+
+
+def _full(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 def _is_added_to(value: Any) -> bool:
@@ -400,6 +496,8 @@ def _dotted(value: Any, fallback: str) -> str:
     """Return the name a thing has where it is defined: `time.time`, however it was imported."""
     if isinstance(value, types.ModuleType):
         return value.__name__
+    if value is os.environ or value is os.environb:
+        return "os.environ"
     if isinstance(value, type) or _is_code(value):
         return f"{_module_of(value)}.{_qualname(value)}"
     if isinstance(value, (types.MethodType, types.BuiltinMethodType)):

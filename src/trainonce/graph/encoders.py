@@ -138,7 +138,10 @@ def _array(encoder: Encoder, value: np.ndarray, path: str) -> None:
     if value.dtype.hasobject:
         encoder.record("objects", value.shape, list(value.reshape(-1)), path=path)
         return
-    kind = value.dtype.descr if value.dtype.names else value.dtype.str
+    try:
+        kind = value.dtype.descr if value.dtype.names else value.dtype.str
+    except ValueError as error:
+        raise unhashable(path, value, f"its fields overlap: {error}") from error
     encoder.head(b"r", 3)
     encoder.raw(b"s", b"ndarray")
     encoder.value(kind, path)
@@ -187,8 +190,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the elements of a strided tensor of any dtype and device, in C order, as bytes."""
     import torch
 
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    if flat.stride(0) != 1:  # one element is contiguous to torch whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _module(encoder: Encoder, value: torch.nn.Module, path: str) -> None:
@@ -339,6 +344,10 @@ def _pandas_values(encoder: Encoder, value: Any, path: str) -> None:
     names = list(value.names) if hasattr(value, "names") else None
     kind: Any = value.dtype
     encoder.value((str(kind), names), path)
+    if hasattr(value, "get_level_values") and value.nlevels > 1:
+        for level in range(value.nlevels):
+            _pandas_values(encoder, value.get_level_values(level), f"{path}[{level}]")
+        return
     if str(kind) == "category":
         encoder.value((np.asarray(value.array.codes), kind.ordered), path)
         _pandas_values(encoder, kind.categories, f"{path}.categories")
@@ -355,6 +364,10 @@ def _pandas_values(encoder: Encoder, value: Any, path: str) -> None:
     encoder.value([None if gone else item for item, gone in items], path)
 
 
+def _pandas_moment(encoder: Encoder, value: Any, path: str) -> None:
+    encoder.record(type(value).__name__, value.isoformat(), value.unit, str(value.tz), path=path)
+
+
 def _arrow_table(encoder: Encoder, value: Any, path: str) -> None:
     import pyarrow as pa
 
@@ -365,6 +378,22 @@ def _arrow_table(encoder: Encoder, value: Any, path: str) -> None:
     encoder.head(b"r", 1)
     encoder.raw(b"s", b"arrow.Table")
     encoder.raw(b"b", memoryview(sink.getvalue()))
+
+
+def _arrow_array(encoder: Encoder, value: Any, path: str) -> None:
+    import pyarrow as pa
+
+    encoder.record("arrow.Array", pa.table([value], names=["values"]), path=path)
+
+
+def _arrow_batch(encoder: Encoder, value: Any, path: str) -> None:
+    import pyarrow as pa
+
+    encoder.record("arrow.RecordBatch", pa.Table.from_batches([value]), path=path)
+
+
+def _polars_series(encoder: Encoder, value: Any, path: str) -> None:
+    encoder.record("polars.Series", value.to_frame(), path=path)
 
 
 def _polars_frame(encoder: Encoder, value: Any, path: str) -> None:
@@ -410,9 +439,14 @@ _BY_NAME: dict[str, Handler] = {
     "pandas.core.frame.DataFrame": _pandas_frame,
     "pandas.Series": _pandas_series,
     "pandas.core.series.Series": _pandas_series,
+    "pandas.Timestamp": _pandas_moment,
+    "pandas._libs.tslibs.timestamps.Timestamp": _pandas_moment,
     "pyarrow.lib.Table": _arrow_table,
+    "pyarrow.lib.RecordBatch": _arrow_batch,
     "polars.dataframe.frame.DataFrame": _polars_frame,
+    "polars.series.series.Series": _polars_series,
     "datasets.arrow_dataset.Dataset": _hf_dataset,
+    "datasets.dataset_dict.DatasetDict": lambda e, v, p: e.record("DatasetDict", dict(v), path=p),
     "tokenizers.Tokenizer": _tokenizer,
 }
 # Base class -> handler, for families whose every member shares one complete state.
@@ -422,6 +456,8 @@ _BY_BASE: dict[str, Handler] = {
     "transformers.configuration_utils.PretrainedConfig": _hf_config,
     "transformers.configuration_utils.PreTrainedConfig": _hf_config,
     "pandas.core.indexes.base.Index": _pandas_index,
+    "pandas.Index": _pandas_index,
+    "pyarrow.lib.Array": _arrow_array,
     "torch.nn.modules.module.Module": _module,
 }
 

@@ -7,6 +7,7 @@ compared with its digest when it is encoded, so that a form that loses something
 from __future__ import annotations
 
 import fractions
+import importlib
 import uuid
 from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Any
@@ -106,9 +107,7 @@ def _make_series(plain: Any) -> object:
 
 
 def _make_polars(table: Any) -> object:
-    import polars
-
-    return polars.from_arrow(table)
+    return importlib.import_module("polars").from_arrow(table)
 
 
 def _dataset(value: Any) -> object:
@@ -118,8 +117,7 @@ def _dataset(value: Any) -> object:
 
 
 def _make_dataset(plain: Any) -> object:
-    import datasets
-
+    datasets = importlib.import_module("datasets")
     table, indices, split, how = plain
     made = datasets.Dataset(
         datasets.table.InMemoryTable(table),

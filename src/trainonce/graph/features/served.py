@@ -28,10 +28,11 @@ class Served:
         self.shelf = shelf_of(folder, plan.fingerprint.digest, plan.fingerprint.parts)
         self._state = plan.fingerprint.facts.state
         self._weights = dict(plan.fingerprint.parts)["weights"]
-        self._versions = Versions(
-            getattr(plan.prefix.get_submodule(owner), leaf)
-            for owner, _, leaf in (path.rpartition(".") for path in self._state)
-        )
+        self._versions = Versions(self._tensors)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        paths = [path.rpartition(".") for path in self._state]
+        return [getattr(self.plan.prefix.get_submodule(owner), leaf) for owner, _, leaf in paths]
 
     def stale(self) -> bool:
         """Tell whether frozen weights are no longer those that the rows were computed with."""

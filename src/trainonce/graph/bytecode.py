@@ -12,8 +12,12 @@ import dis
 import functools
 from dataclasses import dataclass
 from types import CodeType
+from typing import TYPE_CHECKING
 
 from trainonce.graph.digest import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
@@ -68,12 +72,12 @@ def body_of(code: CodeType) -> Body:
     """Return what `code` and the functions within it do and name."""
     references: list[Reference] = []
     _collect(code, {}, references)
-    written, read = _uses(code)
+    written, read = _uses(code, _OUTER, _is_augmented)
     return Body(
         digest(_normal(code)),
         tuple(references),
-        frozenset(written - read),
-        _attribute_uses(code),
+        written - read,
+        _uses(code, _ATTRIBUTE, _is_augmented_attribute),
         tuple(_reseeds(code)),
     )
 
@@ -164,37 +168,27 @@ def _collect(code: CodeType, imported: dict[str, Reference], out: list[Reference
             _collect(constant, imported, out)
 
 
-def _uses(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the outer names that are only added to somewhere, and those read somewhere."""
+def _uses(
+    code: CodeType, kinds: frozenset[str], is_augmented: Callable[[list[dis.Instruction]], bool]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names that are only added to somewhere, and those that are read somewhere.
+
+    Args:
+        code: With the functions within it.
+        kinds: Which instructions load the names in question.
+        is_augmented: Tells whether such an instruction begins `NAME += constant` or the like.
+    """
     written: set[str] = set()
     read: set[str] = set()
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOP")]
     for number, instruction in enumerate(instructions):
-        if instruction.opname in _OUTER:
+        if instruction.opname in kinds:
             rest = instructions[number:]
-            is_addition = _is_statement_call(rest) or _is_augmented(rest)
+            is_addition = _is_statement_call(rest) or is_augmented(rest)
             (written if is_addition else read).add(str(instruction.argval))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            inner_written, inner_read = _uses(constant)
-            written |= inner_written
-            read |= inner_read
-    return written, read
-
-
-def _attribute_uses(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the attributes that are only added to somewhere, and those read somewhere."""
-    written: set[str] = set()
-    read: set[str] = set()
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOP")]
-    for number, instruction in enumerate(instructions):
-        if instruction.opname in _ATTRIBUTE:
-            rest = instructions[number:]
-            is_addition = _is_statement_call(rest) or _is_augmented_attribute(rest)
-            (written if is_addition else read).add(str(instruction.argval))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner_written, inner_read = _attribute_uses(constant)
+            inner_written, inner_read = _uses(constant, kinds, is_augmented)
             written |= inner_written
             read |= inner_read
     return frozenset(written), frozenset(read)

@@ -10,16 +10,13 @@ and the modules that one imports; the fingerprint says so.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import importlib
 import importlib.util
-import os
-import queue
 import sys
 import threading
 import types
-from collections import Counter, defaultdict, deque
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +24,23 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce.graph import purity_names
 from trainonce.graph.bytecode import Reference, body_of
+from trainonce.graph.code_objects import (
+    MISSING,
+    annotation_text,
+    content_of,
+    dotted_name,
+    field_parts,
+    full_name,
+    imports_of,
+    is_code,
+    is_only_added_to,
+    module_of,
+    qualname_of,
+    registry_of,
+    resolve_name,
+    unwrapped,
+    without_docstrings,
+)
 from trainonce.graph.digest import combine, digest, unhashable
 from trainonce.graph.packages import Origin, origin_of
 
@@ -157,14 +171,14 @@ class _Walk:
             path: How an error names it.
             live: Of a module count also what its globals hold now, whoever set them.
         """
-        value = _unwrapped(value)
+        value = unwrapped(value)
         if live and isinstance(value, types.ModuleType) and value.__name__ not in self._live:
             self._live.add(value.__name__)
             self._globals_of(value, path)
         if id(value) in self._names:
             return self._names[id(value)]
-        module = value.__name__ if isinstance(value, types.ModuleType) else _module_of(value)
-        full = module if isinstance(value, types.ModuleType) else f"{module}.{_qualname(value)}"
+        module = value.__name__ if isinstance(value, types.ModuleType) else module_of(value)
+        full = module if isinstance(value, types.ModuleType) else f"{module}.{qualname_of(value)}"
         origin = origin_of(module)
         if not origin.is_project:
             self._library(origin)
@@ -193,10 +207,13 @@ class _Walk:
         place = f"{Path(function.__code__.co_filename).name}:{function.__code__.co_firstlineno}"
         self.result.places[name] = place
         file = Path(function.__code__.co_filename).name
-        if implementations := _registry_of(function):
+        if implementations := registry_of(function):
             self.result.parts[name] = combine(
                 "singledispatch",
-                [(_full(kind), self._value(one, name)) for kind, one in implementations.items()],
+                [
+                    (full_name(kind), self._value(one, name))
+                    for kind, one in implementations.items()
+                ],
             )
             return
         added, read = body.attributes
@@ -214,7 +231,7 @@ class _Walk:
         for variable, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
-            if variable in body.written_only and _is_added_to(_content(cell)):
+            if variable in body.written_only and is_only_added_to(content_of(cell)):
                 continue
             found.append((f"closure {variable}", self._cell(cell, f"{variable} of {name}")))
         attributes = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
@@ -224,25 +241,25 @@ class _Walk:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         for reference in body.references:
             if reference.is_free:
-                held = _content(cells[reference.name]) if reference.name in cells else None
+                held = content_of(cells[reference.name]) if reference.name in cells else None
                 if isinstance(held, types.ModuleType):
                     where = f"{Path(function.__code__.co_filename).name}:{reference.line}"
                     self._chain(function, held, reference.name, reference, where)
                 continue
             value = function.__globals__.get(reference.name)
-            if not (reference.name in body.written_only and _is_added_to(value)):
+            if not (reference.name in body.written_only and is_only_added_to(value)):
                 self._reference(name, function, reference)
 
     def _cell(self, cell: types.CellType, path: str) -> str:
-        value = _content(cell)
-        return "empty" if value is _MISSING else self._value(value, path)
+        value = content_of(cell)
+        return "empty" if value is MISSING else self._value(value, path)
 
     def _class(self, name: str, cls: type) -> None:
         content: list[tuple[str, str]] = []
         for key, item in sorted(vars(cls).items()):
             if key in _CLASS_INCIDENTAL:
                 continue
-            if _is_added_to(item):
+            if is_only_added_to(item):
                 self._counters.append((name, key, item))
             else:
                 content.append((key, self._attribute(item, f"{name}.{key}")))
@@ -269,9 +286,9 @@ class _Walk:
         if isinstance(item, (types.MemberDescriptorType, types.GetSetDescriptorType)):
             return f"slot {item.__name__}"
         if path.endswith(".__annotations__"):
-            return digest({key: _annotation(kind) for key, kind in item.items()})
+            return digest({key: annotation_text(kind) for key, kind in item.items()})
         if path.endswith(".__dataclass_fields__"):
-            return self._value([_field(field) for field in item.values()], path)
+            return self._value([field_parts(field) for field in item.values()], path)
         if path.endswith(".__dataclass_params__"):
             return repr(item)
         if type(item).__name__ == "_tuplegetter":
@@ -289,8 +306,8 @@ class _Walk:
             raise unhashable(name, module, f"its source cannot be read: {error}") from error
         self._check_loaded(name, module, Path(file))
         self.result.places[name] = Path(file).name
-        self.result.parts[f"module {name}"] = digest(ast.dump(_without_docstrings(tree)))
-        for imported in sorted(_imports(tree, module)):
+        self.result.parts[f"module {name}"] = digest(ast.dump(without_docstrings(tree)))
+        for imported in sorted(imports_of(tree, module)):
             origin = origin_of(imported)
             if not origin.is_project:
                 self._library(origin)
@@ -333,12 +350,12 @@ class _Walk:
             # Of these only one reaches what nothing else of the function names: its globals.
             self._widen(function, where, f"{called}()", live=called == "globals")
         if reference.module and reference.attributes == ("__name__",):
-            origin = origin_of(_resolve_name(reference.module, function.__globals__))
+            origin = origin_of(resolve_name(reference.module, function.__globals__))
             if not origin.is_project:
                 self._library(origin)
                 return
         root, dotted = self._root(function, reference)
-        if root is _MISSING:
+        if root is MISSING:
             self.result.parts[f"missing {dotted}"] = ""
             return
         self._chain(function, root, dotted, reference, where)
@@ -346,16 +363,16 @@ class _Walk:
     def _root(self, function: types.FunctionType, reference: Reference) -> tuple[Any, str]:
         scope = function.__globals__
         if reference.module:
-            module = _resolve_name(reference.module, scope)
+            module = resolve_name(reference.module, scope)
             try:
                 return importlib.import_module(module), module
             except ImportError:
-                return _MISSING, module
+                return MISSING, module
         if reference.name in scope:
             return scope[reference.name], reference.name
         builtins = scope.get("__builtins__", {})
         table = builtins if isinstance(builtins, dict) else vars(builtins)
-        return table.get(reference.name, _MISSING), f"builtins.{reference.name}"
+        return table.get(reference.name, MISSING), f"builtins.{reference.name}"
 
     def _chain(
         self, function: types.FunctionType, root: Any, dotted: str, ref: Reference, where: str
@@ -363,7 +380,7 @@ class _Walk:
         """Follow attributes through modules and classes, down to what is used."""
         value, left = root, list(ref.attributes)
         owner: types.ModuleType | None = None
-        name = _dotted(value, dotted)
+        name = dotted_name(value, dotted)
         while left and isinstance(value, types.ModuleType):
             attribute = left.pop(0)
             name = f"{name}.{attribute}"
@@ -373,17 +390,19 @@ class _Walk:
                 self._widen_module(value, where, f"{name}", live=True)
                 return
             owner = value
-            value = getattr(owner, attribute, sys.modules.get(name, _MISSING))
-            if value is _MISSING:
+            value = getattr(owner, attribute, sys.modules.get(name, MISSING))
+            if value is MISSING:
                 self.result.parts[f"missing {name}"] = ""
                 return
-            name = _dotted(value, name)
+            name = dotted_name(value, name)
         reached = ".".join([name, *left])
         self._reached.add(reached)
         if reached == "sys.modules.[__name__]":
             self._widen(function, where, "sys.modules[__name__]", live=True)
         elif reached.startswith("sys.modules") or value is sys.modules:
-            raise _undecidable(_full(function), function, f"sys.modules at {where} reaches modules")
+            raise _undecidable(
+                full_name(function), function, f"sys.modules at {where} reaches modules"
+            )
         bare_call = ref.called_without_arguments
         for reason in purity_names.reasons(reached, called_without_arguments=bare_call):
             self.result.impure.append(f"{reason} at {where}")
@@ -403,14 +422,14 @@ class _Walk:
         self._used(value, label, where)
 
     def _used(self, value: Any, label: str, where: str) -> None:
-        if _is_code(value):
+        if is_code(value):
             self.name_of(value, label)
             return
         self.result.places[f"value {label}"] = where
         self.result.parts[f"value {label}"] = self._value(value, f"{label} (read at {where})")
 
     def _value(self, value: Any, path: str) -> str:
-        if _is_code(value):
+        if is_code(value):
             return self.name_of(value, path)
         return digest(value, path=path)
 
@@ -432,123 +451,3 @@ class _Walk:
 def _undecidable(path: str, function: types.FunctionType, what: str) -> UnhashableError:
     how = "by a name that is only known at run time; declare `version=`"
     return unhashable(path, function, f"{what} {how}")
-
-
-_MISSING: Any = object()
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _MISSING
-
-
-def _registry_of(function: types.FunctionType) -> dict[type, Any]:
-    """Return the implementations of a function made by `functools.singledispatch`, or none."""
-    registry = vars(function).get("registry")
-    if function.__code__.co_filename != functools.__file__ or registry is None:
-        return {}
-    return dict(registry)
-
-
-def _full(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
-
-
-def _is_added_to(value: Any) -> bool:
-    """Tell whether adding to `value` is all that its methods and operators for it can do."""
-    return type(value) in (int, float, list, set, dict, deque, Counter, defaultdict, queue.Queue)
-
-
-def _is_code(value: Any) -> bool:
-    value = _unwrapped(value)
-    if isinstance(value, types.BuiltinFunctionType) and not isinstance(
-        value.__self__, (types.ModuleType, type, type(None))
-    ):
-        return False
-    kinds = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
-    return isinstance(value, (*kinds, types.MethodDescriptorType, types.WrapperDescriptorType))
-
-
-def _unwrapped(value: Any) -> Any:
-    """Return the function within what only caches or dispatches to it."""
-    while isinstance(value, functools._lru_cache_wrapper):
-        value = value.__wrapped__
-    return value
-
-
-def _module_of(value: Any) -> str:
-    module = getattr(value, "__module__", None)
-    if isinstance(module, str) and module:
-        return module
-    owner = getattr(value, "__objclass__", getattr(value, "__self__", value))
-    if isinstance(owner, types.ModuleType):
-        return owner.__name__
-    return (owner if isinstance(owner, type) else type(owner)).__module__
-
-
-def _qualname(value: Any) -> str:
-    return getattr(value, "__qualname__", None) or getattr(value, "__name__", "?")
-
-
-def _dotted(value: Any, fallback: str) -> str:
-    """Return the name a thing has where it is defined: `time.time`, however it was imported."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    if value is os.environ or value is os.environb:
-        return "os.environ"
-    if isinstance(value, type) or _is_code(value):
-        return f"{_module_of(value)}.{_qualname(value)}"
-    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
-        owner = value.__self__ if isinstance(value.__self__, type) else type(value.__self__)
-        return f"{owner.__module__}.{owner.__qualname__}.{value.__name__}"
-    return fallback
-
-
-def library_name(value: Any) -> str | None:
-    """Return the full name of an object that its library exports under that name, else None."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
-    if not isinstance(module, str) or not isinstance(name, str) or module not in sys.modules:
-        return None
-    if origin_of(module).is_project or getattr(sys.modules[module], name, None) is not value:
-        return None
-    return f"{module}.{name}"
-
-
-def _field(field: dataclasses.Field[Any]) -> tuple[object, ...]:
-    default = (field.default, field.default_factory, dict(field.metadata))
-    return (field.name, field.init, field.compare, field.hash, field.kw_only, *default)
-
-
-def _annotation(kind: object) -> str:
-    return _qualname(kind) if isinstance(kind, type) else repr(kind)
-
-
-def _resolve_name(module: str, scope: dict[str, Any]) -> str:
-    if not module.startswith("."):
-        return module
-    return importlib.util.resolve_name(module, scope.get("__package__") or "")
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    node.body = node.body[1:]
-    return tree
-
-
-def _imports(tree: ast.Module, module: types.ModuleType) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            base = _resolve_name(base, vars(module))
-            names.add(base)
-            names |= {f"{base}.{a.name}" for a in node.names if f"{base}.{a.name}" in sys.modules}
-    return names

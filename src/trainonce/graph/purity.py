@@ -109,8 +109,10 @@ class Watch:
                 self._read.setdefault(Path(os.fsdecode(arguments[0])).absolute(), "listed")
         elif event in _OPENED and isinstance(arguments[0], (str, bytes)):
             path = Path(os.fsdecode(arguments[0])).absolute()
-            if path not in self._read and path.exists():
-                self._read[path] = _OPENED[event]
+            if path.exists():
+                self._read.setdefault(path, _OPENED[event])
+            else:
+                self._written.add(path)  # it is made by being opened
         elif event in _NETWORK:
             self.reasons.append(f"it used the network ({event} {arguments[-1]!r})")
         elif event in _PROGRAM:

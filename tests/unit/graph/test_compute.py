@@ -333,8 +333,14 @@ def test_a_database_that_is_opened_by_compiled_code_is_seen(store, tmp_path):
         finally:
             reader.close()
 
-    once.compute(rows(str(path)), store=store)
+    @once.node(version="1")
+    def scratch(path):
+        for _ in range(2):
+            sqlite3.connect(path).execute("CREATE TABLE IF NOT EXISTS t(x)").connection.close()
+
+    once.compute(rows(str(path)), scratch(str(tmp_path / "scratch.db")), store=store)
     assert f"read {path}" in store.reason_uncached(rows.name)
+    assert store.reason_uncached(scratch.name) is None
     for _ in range(2):
         once.compute(rows(once.File(path)), store=store)
     assert once.compute(rows(once.File(path)), store=store, dry_run=True).steps[0].action == "hit"

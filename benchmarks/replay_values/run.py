@@ -92,18 +92,34 @@ class Picture(torch.nn.Module):
         return torch.exp(-20 * cart) + torch.exp(-20 * tip)
 
 
+class Spread(torch.nn.Module):
+    """Features of a random network, each spread over the range of tanh by what it usually is."""
+
+    def __init__(self, stem, usual):
+        super().__init__()
+        self.stem = stem
+        with torch.no_grad():
+            found = stem(usual)
+        self.register_buffer("mean", found.mean(0))
+        self.register_buffer("spread", found.std(0))
+
+    def forward(self, seen):
+        return torch.tanh((self.stem(seen) - self.mean) / self.spread)
+
+
 def picture_networks(seed):
     """A frozen encoder that sees pictures, as in most of deep reinforcement learning."""
     torch.manual_seed(seed)
-    encoder = torch.nn.Sequential(
+    stem = torch.nn.Sequential(
         Picture(),
         torch.nn.Conv2d(2, 24, 5, stride=2), torch.nn.ReLU(),
         torch.nn.Conv2d(24, 48, 3, stride=2), torch.nn.ReLU(),
         torch.nn.Conv2d(48, 48, 3), torch.nn.ReLU(),
-        torch.nn.Flatten(), torch.nn.Linear(48 * 4 * 8, 64), torch.nn.Tanh(),
-    ).requires_grad_(False).eval()  # fmt: skip
+        torch.nn.Flatten(), torch.nn.Linear(48 * 4 * 8, 64),
+    )  # fmt: skip
+    usual = (torch.rand(512, 4) - 0.5) * torch.tensor([2.0, 3.0, 0.4, 3.0])
     _, head = EXAMPLE.networks(seed)
-    return encoder, head
+    return Spread(stem, usual).requires_grad_(False).eval(), head
 
 
 ENCODERS = {"vector": EXAMPLE.networks, "pictures": picture_networks}

@@ -43,9 +43,9 @@ class Recomputed:
             return self.network(torch.stack([self.kept[number] for number in numbers]))
 
 
-def train(seed, num_steps, values_of, *, copy_every=250, capacity=10_000, batch=64):
+def train(seed, num_steps, values_of, *, make=networks, copy_every=250, capacity=10_000, batch=64):
     """Train a DQN and return the returns of its episodes."""
-    encoder, head = networks(seed)
+    encoder, head = make(seed)
     target = nn.Sequential(copy.deepcopy(encoder), copy.deepcopy(head)).eval()
     encoded, targets = values_of(encoder), values_of(target)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)

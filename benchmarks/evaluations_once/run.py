@@ -4,7 +4,8 @@
 
 Each process asks for the same results, in the same order, of a function that takes a fixed
 amount of work; every evaluation appends a line to a log. Compared are `trainonce.compute`,
-`joblib.Memory` and no cache at all, in turn within one run. Then one helper of the function is
+`joblib.Memory`, `datasets.map` where Hugging Face datasets is installed, and no cache at all, in
+turn within one run. Then one helper of the function is
 edited and one process asks again: what a cache gives is compared with the truth.
 """
 
@@ -17,9 +18,13 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import trainonce
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import commit
 
 SOURCE = Path(trainonce.__file__).parents[1]
 
@@ -47,6 +52,14 @@ def work(seed):
 if mode == "trainonce":
     import trainonce as once
     ask = lambda seed, node=once.node(work): once.compute(node(seed), store=store, workers=1)
+elif mode == "datasets":
+    import datasets
+    datasets.disable_progress_bars()
+    os.makedirs(store, exist_ok=True)
+    def ask(seed):
+        # The documented way to have results found again: a stored dataset, and `map`.
+        data = datasets.load_from_disk(f"{store}-data/{seed}")
+        return data.map(lambda row: {"result": work(row["seed"])})[0]["result"]
 elif mode == "joblib":
     import joblib
     ask = joblib.Memory(store, verbose=0).cache(work)
@@ -61,7 +74,7 @@ started = time.perf_counter()
 again = [ask(seed) for seed in range(count)] if mode != "nothing" else results
 print(seconds, (time.perf_counter() - started) / count, results == again, results[0])
 """
-MODES = ("trainonce", "joblib", "nothing")
+MODES = ("trainonce", "joblib", *(["datasets"] if find_spec("datasets") else []), "nothing")
 
 
 def start(folder: Path, mode: str, store: Path, log: Path, args: argparse.Namespace):
@@ -95,6 +108,14 @@ def crowd(folder: Path, mode: str, num: int, store: Path, args: argparse.Namespa
     }
 
 
+def keep_datasets(folder: str, count: int) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    for seed in range(count):
+        datasets.Dataset.from_dict({"seed": [seed]}).save_to_disk(f"{folder}/{seed}")
+
+
 def repeat(args: argparse.Namespace) -> dict:
     """One repeat of every mode, on fresh stores."""
     found: dict[str, dict] = {}
@@ -104,6 +125,8 @@ def repeat(args: argparse.Namespace) -> dict:
         for mode in MODES:
             (folder / "helper.py").write_text(HELPER.format(offset=1))
             store = folder / f"store-{mode}"
+            if mode == "datasets":
+                keep_datasets(f"{store}-data", args.results)
             found[mode] = crowd(folder, mode, args.processes, store, args)
             (folder / "helper.py").write_text(HELPER.format(offset=1000))
             edited = crowd(folder, mode, 1, store, args)
@@ -121,10 +144,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     repeats = [repeat(args) for _ in range(args.repeats)]
+    versions = ("joblib", "numpy", *(["datasets"] if "datasets" in MODES else []))
     report = {
+        "commit": commit(),
         "config": {k: v for k, v in vars(args).items() if k != "out"},
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {n: version(n) for n in ("joblib", "numpy")}
+        "versions": {n: version(n) for n in versions}
         | {"python": platform.python_version(), "trainonce": trainonce.__version__},
         "date": time.strftime("%Y-%m-%d"),
         "repeats": repeats,

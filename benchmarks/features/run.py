@@ -1,6 +1,6 @@
 """Measure the row store and what frozen features save; see README.md.
 
-    python benchmarks/features/run.py [--quick] [--out results/NAME.json]
+    python benchmarks/features/run.py [--quick] [--only PART] [--out results/NAME.json]
 
 LMDB and Hugging Face datasets are measured where they are installed. All comparisons are
 ratios within one run, with the baseline measured in turns with what it is compared to.
@@ -8,14 +8,12 @@ ratios within one run, with the baseline measured in turns with what it is compa
 
 import argparse
 import copy
-import datetime
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import default_hardware, read_result, result_path, table, write_result
 
 import trainonce as once
 from trainonce.graph.features.rows import RowTable
@@ -77,11 +79,11 @@ SLOW = {"arrow take over chunks", "lmdb", "hugging face datasets"}
 
 def open_backends(folder, values, names):
     num_rows, dim = values.shape
-    table = RowTable(folder / "rows", "bench")
+    stored = RowTable(folder / "rows", "bench")
     for start in range(0, num_rows, 4096):
         part = slice(start, start + 4096)
-        table.put(Rows(names[part], (Column("", "float16", (dim,)),), (values[part],)))
-    slots = table.locate(names)
+        stored.put(Rows(names[part], (Column("", "float16", (dim,)),), (values[part],)))
+    slots = stored.locate(names)
     np.save(folder / "memmap.npy", values.numpy())
     mapped = np.load(folder / "memmap.npy", mmap_mode="r")
     mapped[:].sum()
@@ -89,14 +91,14 @@ def open_backends(folder, values, names):
     order = np.random.default_rng(0).permutation(num_rows)
     for start in range(0, num_rows, BATCH):
         chosen = slots[order[start : start + BATCH]]
-        assert len(table.damaged(chosen)) == 0
-        table.take(chosen)
+        assert len(stored.damaged(chosen)) == 0
+        stored.take(chosen)
     first_pass = (time.thread_time() - started) / num_rows
 
     def rows(batch):
         chosen = slots[batch]
-        table.damaged(chosen)
-        return table.take(chosen)[0]
+        stored.damaged(chosen)
+        return stored.take(chosen)[0]
 
     readers = {
         "memmap np.take": lambda batch: np.take(mapped, batch, axis=0, mode="clip"),
@@ -156,8 +158,8 @@ def hugging_face(folder, readers):
     import datasets
     import pyarrow as pa
 
-    table = pa.ipc.open_file(pa.memory_map(str(folder / "many.arrow"))).read_all()
-    data = datasets.Dataset(datasets.table.InMemoryTable(table)).with_format("arrow")
+    many = pa.ipc.open_file(pa.memory_map(str(folder / "many.arrow"))).read_all()
+    data = datasets.Dataset(datasets.table.InMemoryTable(many)).with_format("arrow")
     readers["hugging face datasets"] = lambda batch: (
         data[batch.tolist()].column("f").combine_chunks().flatten().to_numpy()
     )
@@ -261,9 +263,9 @@ def sharing(folder):
 # ---------------------------------------------------------------- training on real data
 
 
-def load_example():
-    path = Path(__file__).parents[2] / "examples" / "04_frozen_features.py"
-    spec = importlib.util.spec_from_file_location("frozen_features", path)
+def load_example(name):
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -318,7 +320,7 @@ def compare(name, recompute, reuse, details):
 
 def heads(folder, epochs):
     """4 monotone heads x 10 epochs on frozen convolutions, each head a run of its own."""
-    example = load_example()
+    example = load_example("04_frozen_features")
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     model = example.train_classifier(images, torch.from_numpy(data.target))
@@ -356,7 +358,7 @@ def heads(folder, epochs):
 
 def distillation(folder, epochs):
     """3 students x 10 epochs on the logits of one teacher."""
-    example = load_example()
+    example = load_example("04_frozen_features")
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     digits = torch.from_numpy(data.target)
@@ -401,110 +403,46 @@ def distillation(folder, epochs):
 
 # ---------------------------------------------------------------- preference training
 
-CONTEXT_CHARS = 48
-
-
-class CharacterModel(nn.Module):
-    """A small causal transformer over bytes: tokens (batch, time) -> logits (batch, time, 128)."""
-
-    def __init__(self, width=64, layers=2):
-        super().__init__()
-        self.embed = nn.Embedding(128, width)
-        self.place = nn.Embedding(CONTEXT_CHARS, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
-        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 128)
-
-    def forward(self, tokens):
-        time = tokens.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(time, device=tokens.device)
-        hidden = self.embed(tokens) + self.place(torch.arange(time, device=tokens.device))
-        return self.head(self.blocks(hidden, mask=mask, is_causal=True))
-
-
-class LogProbabilities(nn.Module):
-    """Sequence log-probabilities of two continuations: (batch, 2, time) -> (batch, 2)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pairs):
-        tokens = pairs.flatten(0, 1)
-        logits = self.model(tokens[:, :-1]).log_softmax(-1)
-        picked = logits.gather(-1, tokens[:, 1:, None])[..., 0]
-        return picked.sum(-1).view(-1, 2)
-
-
-def preference_pairs(count):
-    """Real lines of the standard library against the same with words in another order."""
-    import argparse as a
-    import inspect
-    import json.decoder as d
-    import textwrap as t
-
-    text = "".join(inspect.getsource(module) for module in (a, d, t)).encode("ascii", "ignore")
-    chance = np.random.default_rng(0)
-    pairs = np.zeros((count, 2, CONTEXT_CHARS), np.int64)
-    for number, start in enumerate(chance.integers(0, len(text) - CONTEXT_CHARS, count)):
-        good = text[start : start + CONTEXT_CHARS]
-        words = good.split(b" ")
-        bad = b" ".join([words[place] for place in chance.permutation(len(words))])
-        pairs[number] = [list(good), list(bad)]
-    return torch.from_numpy(pairs)
-
 
 def preference(folder, epochs):
     """3 runs of direct preference optimisation (Rafailov et al., 2023) against one reference."""
-    pairs = preference_pairs(512)
-    torch.manual_seed(0)
-    reference = CharacterModel()
-    optimizer = torch.optim.Adam(reference.parameters(), lr=3e-3)
-    for start in range(0, 512, 64):  # the reference knows a little of the language
-        tokens = pairs[start : start + 64, 0]
-        logits = reference(tokens[:, :-1]).flatten(0, 1)
-        nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    frozen = LogProbabilities(copy.deepcopy(reference)).eval().requires_grad_(False)
-    betas = (0.05, 0.1, 0.3)
+    example = load_example("08_preference_training")
+    # The fused kernel of transformer layers is not seen by the counter of FLOPs.
+    torch.backends.mha.set_fastpath_enabled(False)
+    pairs = example.preference_pairs(512)
+    reference = example.train_reference(pairs)
+    frozen = example.LogProbabilities(reference).eval()
     dataset = TensorDataset(pairs, pairs)
-
-    def loss_of(policy, tokens, reference_logs, beta):
-        margin = (policy(tokens) - reference_logs) @ torch.tensor([1.0, -1.0])
-        return -nn.functional.logsigmoid(beta * margin).mean()
+    loss_of = example.preference_loss
 
     def policies():
-        return [LogProbabilities(copy.deepcopy(reference)) for _ in betas]
+        return [(example.policy_of(reference), beta) for beta in example.BETAS]
 
     def recompute():
         def loss(beta):
             def one(policy, batch):
                 with torch.no_grad():
                     logs = frozen(batch[0])
-                return loss_of(policy, batch[1], logs, beta)
+                return loss_of(policy(batch[1]), logs, beta)
 
             return one
 
         loader = DataLoader(dataset, batch_size=128, shuffle=True)
-        return [
-            train(policy, loader, loss(beta), epochs, 3)
-            for policy, beta in zip(policies(), betas, strict=True)
-        ]
+        return [train(policy, loader, loss(beta), epochs, 3) for policy, beta in policies()]
 
     def reuse():
         store = tempfile.mkdtemp(dir=folder)
         trained = []
-        for policy, beta in zip(policies(), betas, strict=True):
+        for policy, beta in policies():
             rows = once.features(frozen, dataset, batch_size=128, store=store)
             loader = DataLoader(rows, batch_size=128, shuffle=True, collate_fn=rows.collate)
             trained.append(
-                train(policy, loader, lambda p, b, beta=beta: loss_of(p, b[1], b[0], beta),
+                train(policy, loader, lambda p, b, beta=beta: loss_of(p(b[1]), b[0], beta),
                       epochs, 3)
             )  # fmt: skip
         return trained
 
-    details = {"runs": len(betas), "epochs": epochs,
+    details = {"runs": len(example.BETAS), "epochs": epochs,
                "tracing_once_cpu_s": traced(frozen, dataset, folder)}  # fmt: skip
     return compare("preference", recompute, reuse, details)
 
@@ -512,56 +450,91 @@ def preference(folder, epochs):
 # ---------------------------------------------------------------- all of it
 
 
-def versions():
-    found = {"python": platform.python_version(), "torch": torch.__version__,
-             "numpy": np.__version__, "trainonce": once.__version__}  # fmt: skip
-    for name in ("pyarrow", "lmdb", "datasets", "joblib"):
-        if importlib.util.find_spec(name):
-            found[name] = importlib.import_module(name).__version__
+def reading(folder, options):
+    found = []
+    for dim in (1024, 4096):
+        (folder / f"read{dim}").mkdir()
+        rows = options.num_rows // (dim // 1024)
+        found.append(read_rows(folder / f"read{dim}", dim, rows, options.repeats))
+        print(json.dumps(found[-1]["relative_to_memmap"], indent=1), flush=True)
     return found
 
 
-def commit():
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
+PARTS = {
+    "reading": reading,
+    "sharing": lambda folder, options: sharing(folder),
+    "heads": lambda folder, options: heads(folder, options.epochs),
+    "distillation": lambda folder, options: distillation(folder, options.epochs),
+    "preference": lambda folder, options: preference(folder, max(2, options.epochs // 3)),
+}
+
+
+def versions():
+    names = ("numpy", "pyarrow", "lmdb", "datasets", "joblib")
+    return {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n)}
+
+
+def show(result):
+    """Print the tables of the README."""
+    if "reading" in result:
+        narrow, wide = result["reading"]
+        rows = [
+            (name, *(f"{part['relative_to_memmap'][name]:.2f}" for part in (narrow, wide)))
+            for name in narrow["relative_to_memmap"]
+        ]
+        checked = "rows_first_pass_with_check_relative_to_memmap"
+        rows.append(("trainonce rows, first pass with every row checked",
+                     f"{narrow[checked]:.2f}", f"{wide[checked]:.2f}"))  # fmt: skip
+        print(table([("backend", "2 KB", "8 KB"), *rows]), end="\n\n")
+    if "sharing" in result:
+        rows = [
+            (name, f"{one['per_sample']:.2f}", f"{one['bytes_on_disk'] / 1e6:.2f} MB")
+            for name, one in result["sharing"].items()
+        ]
+        print(table([("4 processes at once", "evaluations a sample", "on disk"), *rows]))
+        print()
+    rows = [
+        (
+            name,
+            f"{one['flops_ratio']:.1f}× less",
+            f"{one['cpu_ratio']:.1f}× less",
+            f"{one['cpu_ratio_tracing_included']:.1f}× less",
+            f"{one['largest_relative_difference_of_parameters']:.0e}",
+        )
+        for name in ("heads", "distillation", "preference")
+        if (one := result.get(name))
+    ]
+    head = ("case", "FLOPs", "CPU time", "with tracing once", "parameters differ by")
+    print(table([head, *rows]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small run, to see that it works")
-    parser.add_argument("--out", help="where to write the result; results/DATE_... by default")
+    parser.add_argument("--only", choices=PARTS, help="this part; added to the commit's result")
+    parser.add_argument("--show", type=Path, help="print the tables of a result, and end")
+    parser.add_argument("--out", type=Path, help="where to write the result; results/DATE_...")
     options = parser.parse_args()
+    if options.show:
+        show(read_result(options.show))
+        return
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    num_rows, repeats, epochs = (5_000, 3, 2) if options.quick else (50_000, 15, 10)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        result = {
-            "date": datetime.date.today().isoformat(),
-            "hardware": f"{os.cpu_count()}-core-cpu",
-            "commit": commit(),
-            "command": sys.argv[1:],
-            "versions": versions(),
-            "config": {"batch": BATCH, "num_rows": num_rows, "repeats": repeats, "threads": 1},
-            "reading": [],
-        }
-        for dim in (1024, 4096):
-            (folder / f"read{dim}").mkdir()
-            found = read_rows(folder / f"read{dim}", dim, num_rows // (dim // 1024), repeats)
-            print(json.dumps(found["relative_to_memmap"], indent=1), flush=True)
-            result["reading"].append(found)
-        result["sharing"] = sharing(folder)
-        print(json.dumps(result["sharing"], indent=1), flush=True)
-        result["heads"] = heads(folder, epochs)
-        result["distillation"] = distillation(folder, epochs)
-        result["preference"] = preference(folder, max(2, epochs // 3))
-    label = f"{result['date']}_{result['hardware']}_{result['commit']}.json"
-    out = Path(options.out) if options.out else Path(__file__).parent / "results" / label
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(out)
+    sizes = (5_000, 3, 2) if options.quick else (50_000, 15, 10)
+    options.num_rows, options.repeats, options.epochs = sizes
+    path = options.out or result_path(__file__, default_hardware())
+    result = read_result(path)
+    result["versions"] = versions()
+    result["config"] = {
+        "batch": BATCH, "num_rows": options.num_rows, "repeats": options.repeats,
+        "epochs": options.epochs, "threads": 1,
+    }  # fmt: skip
+    for name in [options.only] if options.only else PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            result[name] = PARTS[name](Path(folder), options)
+        write_result(path, result)
+    show(result)
+    print(path)
 
 
 if __name__ == "__main__":

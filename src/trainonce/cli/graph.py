@@ -212,16 +212,19 @@ def _forget(store: Store, args: argparse.Namespace) -> int:
     if not args.source and not args.sample:
         raise ConfigError("nothing to forget", hint="name a --source or a --sample")
     done = upkeep.forget(store, sources=_digests(args.source), samples=args.sample)
+    code = 1 if done.left or done.doubtful else 0
     if args.json:
         _print(dataclasses.asdict(done))
-        return 0 if not done.left else 1
+        return code
     for line in done.entries:
         print(f"erased {line}")
     print(f"{len(done.entries)} results and {done.rows} rows erased; "
           f"{len(done.tombstones)} tombstones; a full scan finds {done.left} left")  # fmt: skip
     if done.descendants:
         print("made from it, copies elsewhere included: " + ", ".join(done.descendants))
-    return 0 if not done.left else 1
+    for name in done.doubtful:
+        print(f"damaged: lineage {name}; rows made from other rows may have been missed")
+    return code
 
 
 def _digests(sources: list[str]) -> list[str]:

@@ -12,8 +12,12 @@ import dis
 import functools
 from dataclasses import dataclass
 from types import CodeType
+from typing import TYPE_CHECKING
 
 from trainonce.graph.digest import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
@@ -34,7 +38,7 @@ class Reference:
         attributes: What is read from it, one from another.
         module: The module that a local import names, with `name` empty.
         line: Where, in the file.
-        called_without_arguments: It is called at once, with nothing in the parentheses.
+        called_without_arguments: It is called at once, with nothing or None in the parentheses.
         is_free: It is a variable of an enclosing function.
     """
 
@@ -52,11 +56,15 @@ class Body:
 
     `written_only` are names of containers and counters that it adds to and never reads, so that
     what they hold cannot reach its result: `CALLS.append(x)`, `SEEN["a"] += 1`, `count += 1`.
+    `attributes` are those that it only adds to in the same way, and those that it reads.
+    `reseeds` are lines where some object's `seed()` is called without a number.
     """
 
     digest: str
     references: tuple[Reference, ...]
     written_only: frozenset[str]
+    attributes: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+    reseeds: tuple[int, ...] = ()
 
 
 @functools.lru_cache(maxsize=8192)
@@ -64,8 +72,14 @@ def body_of(code: CodeType) -> Body:
     """Return what `code` and the functions within it do and name."""
     references: list[Reference] = []
     _collect(code, {}, references)
-    written, read = _uses(code)
-    return Body(digest(_normal(code)), tuple(references), frozenset(written - read))
+    written, read = _uses(code, _OUTER, _is_augmented)
+    return Body(
+        digest(_normal(code)),
+        tuple(references),
+        written - read,
+        _uses(code, _ATTRIBUTE, _is_augmented_attribute),
+        tuple(_reseeds(code)),
+    )
 
 
 def _normal(code: CodeType) -> list[object]:
@@ -154,30 +168,47 @@ def _collect(code: CodeType, imported: dict[str, Reference], out: list[Reference
             _collect(constant, imported, out)
 
 
-def _uses(code: CodeType) -> tuple[set[str], set[str]]:
-    """Return the outer names that are only added to somewhere, and those read somewhere."""
+def _uses(
+    code: CodeType, kinds: frozenset[str], is_augmented: Callable[[list[dis.Instruction]], bool]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names that are only added to somewhere, and those that are read somewhere.
+
+    Args:
+        code: With the functions within it.
+        kinds: Which instructions load the names in question.
+        is_augmented: Tells whether such an instruction begins `NAME += constant` or the like.
+    """
     written: set[str] = set()
     read: set[str] = set()
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "NOP")]
     for number, instruction in enumerate(instructions):
-        if instruction.opname in _OUTER:
+        if instruction.opname in kinds:
             rest = instructions[number:]
-            is_addition = _is_statement_call(rest) or _is_augmented(rest)
+            is_addition = _is_statement_call(rest) or is_augmented(rest)
             (written if is_addition else read).add(str(instruction.argval))
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            inner_written, inner_read = _uses(constant)
+            inner_written, inner_read = _uses(constant, kinds, is_augmented)
             written |= inner_written
             read |= inner_read
-    return written, read
+    return frozenset(written), frozenset(read)
+
+
+def _is_augmented_attribute(rest: list[dis.Instruction]) -> bool:
+    """Tell whether this is `.NAME += constant`."""
+    kinds = [i.opname for i in rest[:8] if i.opname not in _SKIPPED]
+    stores = [i.argval for i in rest[:8] if i.opname == "STORE_ATTR"]
+    if kinds[1:5] != ["LOAD_CONST", "BINARY_OP", "SWAP", "STORE_ATTR"]:
+        return False
+    return stores[0] == rest[0].argval
 
 
 def _is_statement_call(rest: list[dis.Instruction]) -> bool:
     """Tell whether this is `NAME.append(...)` or the like, with its result thrown away."""
     if len(rest) < 2 or rest[1].opname not in _ATTRIBUTE or rest[1].argval not in _ADDERS:
         return False
-    depth = 0
-    for instruction in rest:
+    depth = 1
+    for instruction in rest[1:]:
         if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs:
             return False
         depth += dis.stack_effect(instruction.opcode, instruction.arg)
@@ -211,11 +242,41 @@ def _chain(
     while number < len(instructions) and instructions[number].opname in _ATTRIBUTE:
         attributes.append(str(instructions[number].argval))
         number += 1
-    last = instructions[number] if number < len(instructions) else None
-    bare_call = last is not None and last.opname == "CALL" and last.arg == 0
+    following = [(i.opname, i.argval) for i in instructions[number : number + 2]]
+    if [op for op, _ in following] == ["LOAD_GLOBAL", "BINARY_SUBSCR"]:
+        if following[0][1] == "__name__":
+            attributes.append("[__name__]")  # as in `sys.modules[__name__]`
+    bare_call = _is_bare_call(instructions[number : number + 3])
     return Reference(
         root.name, tuple(attributes), root.module, line or root.line, bare_call, root.is_free
     )
+
+
+def _is_bare_call(rest: list[dis.Instruction]) -> bool:
+    """Tell whether this is `()`, `(None)` or `(name=None)`."""
+    calls = [i for i in rest if i.opname != "KW_NAMES"]
+    if calls and calls[0].opname == "CALL":
+        return calls[0].arg == 0
+    return (
+        [i.opname for i in calls[:2]] == ["LOAD_CONST", "CALL"]
+        and calls[0].argval is None
+        and calls[1].arg == 1
+    )
+
+
+def _reseeds(code: CodeType) -> list[int]:
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in _SKIPPED]
+    found = [
+        _line(instruction, code.co_firstlineno)
+        for number, instruction in enumerate(instructions)
+        if instruction.opname in _ATTRIBUTE
+        and instruction.argval == "seed"
+        and _is_bare_call(instructions[number + 1 : number + 4])
+    ]
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found += _reseeds(constant)
+    return found
 
 
 def _stored(

@@ -10,15 +10,12 @@ and the modules that one imports; the fingerprint says so.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import importlib
-import importlib.util
-import queue
 import sys
 import threading
 import types
-from collections import Counter, defaultdict, deque
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,15 +23,35 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce.graph import purity_names
 from trainonce.graph.bytecode import Reference, body_of
+from trainonce.graph.code_objects import (
+    MISSING,
+    annotation_text,
+    content_of,
+    dotted_name,
+    field_parts,
+    full_name,
+    imports_of,
+    is_code,
+    is_only_added_to,
+    module_of,
+    qualname_of,
+    registry_of,
+    resolve_name,
+    unwrapped,
+    without_docstrings,
+)
 from trainonce.graph.digest import combine, digest, unhashable
 from trainonce.graph.packages import Origin, origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from trainonce.errors import UnhashableError
+
 # Names through which a function reaches what cannot be told beforehand.
 _WIDENING = frozenset({"getattr", "globals", "vars", "locals", "attrgetter", "methodcaller"})
 _UNDECIDABLE = frozenset({"eval", "exec", "__import__", "import_module", "run_path", "run_module"})
+_UNDECIDABLE_ATTRIBUTES = frozenset({"__subclasses__", "__globals__"})
 # Attributes of a class that say nothing about what it does.
 _CLASS_INCIDENTAL = frozenset({
     "__doc__", "__module__", "__dict__", "__weakref__", "__firstlineno__", "_abc_impl",
@@ -89,7 +106,22 @@ def encode_code(value: Any, path: str) -> str:
     walk: _Walk | None = getattr(_active, "walk", None)
     if walk is not None:
         return walk.name_of(value, path)
-    return fingerprint(value, path=path).digest
+    found = fingerprint(value, path=path)
+    impure: list[str] | None = getattr(_active, "impure", None)
+    if impure is not None:
+        impure += found.impure
+    return found.digest
+
+
+@contextmanager
+def noting_impure() -> Generator[list[str]]:
+    """Note what code in the values that are digested meanwhile names: clocks and the like."""
+    before = getattr(_active, "impure", None)
+    _active.impure = found = []
+    try:
+        yield found
+    finally:
+        _active.impure = before
 
 
 @contextmanager
@@ -110,6 +142,10 @@ class _Walk:
         self._names: dict[int, str] = {}
         self._reached: set[str] = set()
         self._queue: deque[tuple[str, Any]] = deque()
+        self._live: set[str] = set()
+        self._attributes_read: set[str] = set()
+        self._attributes_added: set[str] = set()
+        self._counters: list[tuple[str, str, Any]] = []
         self._kept: list[Any] = []  # so that no id is given to another object meanwhile
 
     def run(self) -> None:
@@ -122,19 +158,32 @@ class _Walk:
                 self._class(name, value)
             else:
                 self._module(name, value)
+        self._count_what_is_read()
         self.result.impure += purity_names.combined_reasons(self._reached)
         self.result.seeds = purity_names.seeds_globally(self._reached)
 
-    def name_of(self, value: Any, path: str) -> str:
-        """Return the name under which `value` is, or will be, part of the fingerprint."""
-        value = _unwrapped(value)
+    def name_of(self, value: Any, path: str, *, live: bool = True) -> str:
+        """Return the name under which `value` is, or will be, part of the fingerprint.
+
+        Args:
+            value: A function, class or module.
+            path: How an error names it.
+            live: Of a module count also what its globals hold now, whoever set them.
+        """
+        value = unwrapped(value)
+        if live and isinstance(value, types.ModuleType) and value.__name__ not in self._live:
+            self._live.add(value.__name__)
+            self._globals_of(value, path)
         if id(value) in self._names:
             return self._names[id(value)]
-        module = value.__name__ if isinstance(value, types.ModuleType) else _module_of(value)
-        full = module if isinstance(value, types.ModuleType) else f"{module}.{_qualname(value)}"
+        module = value.__name__ if isinstance(value, types.ModuleType) else module_of(value)
+        full = module if isinstance(value, types.ModuleType) else f"{module}.{qualname_of(value)}"
         origin = origin_of(module)
         if not origin.is_project:
             self._library(origin)
+            # Handed on as a value, as a default say, it is called by another name.
+            reasons = purity_names.reasons(full, called_without_arguments=False)
+            self.result.impure += [f"{reason}, by way of {path}" for reason in reasons]
             return full
         if not isinstance(value, (types.FunctionType, type, types.ModuleType)):
             raise unhashable(path, value, "it is compiled code without a version")
@@ -156,6 +205,23 @@ class _Walk:
         body = body_of(function.__code__)
         place = f"{Path(function.__code__.co_filename).name}:{function.__code__.co_firstlineno}"
         self.result.places[name] = place
+        file = Path(function.__code__.co_filename).name
+        if implementations := registry_of(function):
+            self.result.parts[name] = combine(
+                "singledispatch",
+                [
+                    (full_name(kind), self._value(one, name))
+                    for kind, one in implementations.items()
+                ],
+            )
+            return
+        added, read = body.attributes
+        if reaching := _UNDECIDABLE_ATTRIBUTES & read:
+            what = f"{sorted(reaching)[0]} in {place} reaches code"
+            raise _undecidable(name, function, what)
+        self._attributes_added |= added
+        self._attributes_read |= read
+        self.result.impure += [f"seed() draws entropy at {file}:{n}" for n in body.reseeds]
         found = [
             ("body", body.digest),
             ("defaults", digest(function.__defaults__, path=f"default of {name}")),
@@ -164,7 +230,7 @@ class _Walk:
         for variable, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         ):
-            if variable in body.written_only and _is_added_to(_content(cell)):
+            if variable in body.written_only and is_only_added_to(content_of(cell)):
                 continue
             found.append((f"closure {variable}", self._cell(cell, f"{variable} of {name}")))
         attributes = {k: v for k, v in vars(function).items() if k != "__wrapped__"}
@@ -174,26 +240,38 @@ class _Walk:
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         for reference in body.references:
             if reference.is_free:
-                held = _content(cells[reference.name]) if reference.name in cells else None
+                held = content_of(cells[reference.name]) if reference.name in cells else None
                 if isinstance(held, types.ModuleType):
                     where = f"{Path(function.__code__.co_filename).name}:{reference.line}"
                     self._chain(function, held, reference.name, reference, where)
                 continue
             value = function.__globals__.get(reference.name)
-            if not (reference.name in body.written_only and _is_added_to(value)):
+            if not (reference.name in body.written_only and is_only_added_to(value)):
                 self._reference(name, function, reference)
 
     def _cell(self, cell: types.CellType, path: str) -> str:
-        value = _content(cell)
-        return "empty" if value is _MISSING else self._value(value, path)
+        value = content_of(cell)
+        return "empty" if value is MISSING else self._value(value, path)
 
     def _class(self, name: str, cls: type) -> None:
         content: list[tuple[str, str]] = []
         for key, item in sorted(vars(cls).items()):
-            if key not in _CLASS_INCIDENTAL:
+            if key in _CLASS_INCIDENTAL:
+                continue
+            if is_only_added_to(item):
+                self._counters.append((name, key, item))
+            else:
                 content.append((key, self._attribute(item, f"{name}.{key}")))
         bases = [self.name_of(base, name) for base in (*cls.__bases__, type(cls))]
         self.result.parts[name] = combine("class", [*content, ("bases", " ".join(bases))])
+
+    def _count_what_is_read(self) -> None:
+        """Count the attributes of classes that code does not only add to: no counters of calls."""
+        only_added = self._attributes_added - self._attributes_read
+        for name, key, item in self._counters:
+            if key not in only_added or self.result.notes:
+                path = f"{name}.{key}"
+                self.result.parts[f"value {path}"] = self._value(item, path)
 
     def _attribute(self, item: Any, path: str) -> str:
         """Return the digest of one entry of a class's dictionary."""
@@ -207,9 +285,9 @@ class _Walk:
         if isinstance(item, (types.MemberDescriptorType, types.GetSetDescriptorType)):
             return f"slot {item.__name__}"
         if path.endswith(".__annotations__"):
-            return digest({key: _annotation(kind) for key, kind in item.items()})
+            return digest({key: annotation_text(kind) for key, kind in item.items()})
         if path.endswith(".__dataclass_fields__"):
-            return self._value([_field(field) for field in item.values()], path)
+            return self._value([field_parts(field) for field in item.values()], path)
         if path.endswith(".__dataclass_params__"):
             return repr(item)
         if type(item).__name__ == "_tuplegetter":
@@ -227,13 +305,22 @@ class _Walk:
             raise unhashable(name, module, f"its source cannot be read: {error}") from error
         self._check_loaded(name, module, Path(file))
         self.result.places[name] = Path(file).name
-        self.result.parts[f"module {name}"] = digest(ast.dump(_without_docstrings(tree)))
-        for imported in sorted(_imports(tree, module)):
+        self.result.parts[f"module {name}"] = digest(ast.dump(without_docstrings(tree)))
+        for imported in sorted(imports_of(tree, module)):
             origin = origin_of(imported)
             if not origin.is_project:
                 self._library(origin)
             elif imported in sys.modules:
-                self.name_of(sys.modules[imported], name)
+                self.name_of(sys.modules[imported], name, live=False)
+
+    def _globals_of(self, module: types.ModuleType, where: str) -> None:
+        if not origin_of(module.__name__).is_project:
+            return
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, types.ModuleType):
+                self.name_of(value, where, live=False)
+            elif not key.startswith("__"):
+                self._used(value, f"{module.__name__}.{key}", where)
 
     def _check_loaded(self, name: str, module: types.ModuleType, file: Path) -> None:
         """Refuse a module whose file was edited after this process imported it."""
@@ -255,21 +342,19 @@ class _Walk:
 
     def _reference(self, name: str, function: types.FunctionType, reference: Reference) -> None:
         where = f"{Path(function.__code__.co_filename).name}:{reference.line}"
+        called = (reference.name, *reference.attributes)[-1]
         if reference.name in _UNDECIDABLE or _UNDECIDABLE.intersection(reference.attributes):
-            called = (reference.name, *reference.attributes)[-1]
-            raise unhashable(name, function, f"{called}() at {where} runs code by a name that is "
-                             "only known at run time; declare `version=`")  # fmt: skip
-        if reference.name in _WIDENING or (
-            reference.attributes and reference.attributes[-1] in ("attrgetter", "methodcaller")
-        ):
-            self._widen(function, where, (reference.name, *reference.attributes)[-1])
+            raise _undecidable(name, function, f"{called}() at {where} runs code")
+        if reference.name in _WIDENING or called in ("attrgetter", "methodcaller"):
+            # Of these only one reaches what nothing else of the function names: its globals.
+            self._widen(function, where, f"{called}()", live=called == "globals")
         if reference.module and reference.attributes == ("__name__",):
-            origin = origin_of(_resolve_name(reference.module, function.__globals__))
+            origin = origin_of(resolve_name(reference.module, function.__globals__))
             if not origin.is_project:
                 self._library(origin)
                 return
         root, dotted = self._root(function, reference)
-        if root is _MISSING:
+        if root is MISSING:
             self.result.parts[f"missing {dotted}"] = ""
             return
         self._chain(function, root, dotted, reference, where)
@@ -277,16 +362,16 @@ class _Walk:
     def _root(self, function: types.FunctionType, reference: Reference) -> tuple[Any, str]:
         scope = function.__globals__
         if reference.module:
-            module = _resolve_name(reference.module, scope)
+            module = resolve_name(reference.module, scope)
             try:
                 return importlib.import_module(module), module
             except ImportError:
-                return _MISSING, module
+                return MISSING, module
         if reference.name in scope:
             return scope[reference.name], reference.name
         builtins = scope.get("__builtins__", {})
         table = builtins if isinstance(builtins, dict) else vars(builtins)
-        return table.get(reference.name, _MISSING), f"builtins.{reference.name}"
+        return table.get(reference.name, MISSING), f"builtins.{reference.name}"
 
     def _chain(
         self, function: types.FunctionType, root: Any, dotted: str, ref: Reference, where: str
@@ -294,20 +379,29 @@ class _Walk:
         """Follow attributes through modules and classes, down to what is used."""
         value, left = root, list(ref.attributes)
         owner: types.ModuleType | None = None
-        name = _dotted(value, dotted)
+        name = dotted_name(value, dotted)
         while left and isinstance(value, types.ModuleType):
             attribute = left.pop(0)
             name = f"{name}.{attribute}"
             if attribute == "__name__":
                 return
+            if attribute == "__dict__" and origin_of(value.__name__).is_project:
+                self._widen_module(value, where, f"{name}", live=True)
+                return
             owner = value
-            value = getattr(owner, attribute, sys.modules.get(name, _MISSING))
-            if value is _MISSING:
+            value = getattr(owner, attribute, sys.modules.get(name, MISSING))
+            if value is MISSING:
                 self.result.parts[f"missing {name}"] = ""
                 return
-            name = _dotted(value, name)
+            name = dotted_name(value, name)
         reached = ".".join([name, *left])
         self._reached.add(reached)
+        if reached == "sys.modules.[__name__]":
+            self._widen(function, where, "sys.modules[__name__]", live=True)
+        elif reached.startswith("sys.modules") or value is sys.modules:
+            raise _undecidable(
+                full_name(function), function, f"sys.modules at {where} reaches modules"
+            )
         bare_call = ref.called_without_arguments
         for reason in purity_names.reasons(reached, called_without_arguments=bare_call):
             self.result.impure.append(f"{reason} at {where}")
@@ -317,7 +411,8 @@ class _Walk:
             if not isinstance(value, types.ModuleType):
                 return
         if isinstance(value, types.ModuleType) and origin_of(value.__name__).is_project:
-            self._widen_module(value, where, f"the use of module {value.__name__} as a value")
+            cause = f"the use of module {value.__name__} as a value"
+            self._widen_module(value, where, cause, live=True)
             return
         if ref.module or not isinstance(root, types.ModuleType):
             label = f"{function.__module__}.{ref.name or name}"
@@ -326,131 +421,32 @@ class _Walk:
         self._used(value, label, where)
 
     def _used(self, value: Any, label: str, where: str) -> None:
-        if _is_code(value):
+        if is_code(value):
             self.name_of(value, label)
             return
         self.result.places[f"value {label}"] = where
         self.result.parts[f"value {label}"] = self._value(value, f"{label} (read at {where})")
 
     def _value(self, value: Any, path: str) -> str:
-        if _is_code(value):
+        if is_code(value):
             return self.name_of(value, path)
         return digest(value, path=path)
 
-    def _widen(self, function: types.FunctionType, where: str, cause: str) -> None:
+    def _widen(self, function: types.FunctionType, where: str, cause: str, *, live: bool) -> None:
         module = sys.modules.get(function.__module__)
         if module is None:
             raise unhashable(function.__module__, function, "its module is gone")
-        self._widen_module(module, where, f"{cause}()")
+        self._widen_module(module, where, cause, live=live)
 
-    def _widen_module(self, module: types.ModuleType, where: str, cause: str) -> None:
+    def _widen_module(
+        self, module: types.ModuleType, where: str, cause: str, *, live: bool
+    ) -> None:
         note = f"all of {module.__name__} counts, because of {cause} at {where}"
         if note not in self.result.notes:
             self.result.notes.append(note)
-        self.name_of(module, where)
+        self.name_of(module, where, live=live)
 
 
-_MISSING: Any = object()
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _MISSING
-
-
-def _is_added_to(value: Any) -> bool:
-    """Tell whether adding to `value` is all that its methods and operators for it can do."""
-    return type(value) in (int, float, list, set, dict, deque, Counter, defaultdict, queue.Queue)
-
-
-def _is_code(value: Any) -> bool:
-    value = _unwrapped(value)
-    if isinstance(value, types.BuiltinFunctionType) and not isinstance(
-        value.__self__, (types.ModuleType, type, type(None))
-    ):
-        return False
-    kinds = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
-    return isinstance(value, (*kinds, types.MethodDescriptorType, types.WrapperDescriptorType))
-
-
-def _unwrapped(value: Any) -> Any:
-    """Return the function within what only caches or dispatches to it."""
-    while isinstance(value, functools._lru_cache_wrapper):
-        value = value.__wrapped__
-    return value
-
-
-def _module_of(value: Any) -> str:
-    module = getattr(value, "__module__", None)
-    if isinstance(module, str) and module:
-        return module
-    owner = getattr(value, "__objclass__", getattr(value, "__self__", value))
-    if isinstance(owner, types.ModuleType):
-        return owner.__name__
-    return (owner if isinstance(owner, type) else type(owner)).__module__
-
-
-def _qualname(value: Any) -> str:
-    return getattr(value, "__qualname__", None) or getattr(value, "__name__", "?")
-
-
-def _dotted(value: Any, fallback: str) -> str:
-    """Return the name a thing has where it is defined: `time.time`, however it was imported."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    if isinstance(value, type) or _is_code(value):
-        return f"{_module_of(value)}.{_qualname(value)}"
-    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
-        owner = value.__self__ if isinstance(value.__self__, type) else type(value.__self__)
-        return f"{owner.__module__}.{owner.__qualname__}.{value.__name__}"
-    return fallback
-
-
-def library_name(value: Any) -> str | None:
-    """Return the full name of an object that its library exports under that name, else None."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
-    if not isinstance(module, str) or not isinstance(name, str) or module not in sys.modules:
-        return None
-    if origin_of(module).is_project or getattr(sys.modules[module], name, None) is not value:
-        return None
-    return f"{module}.{name}"
-
-
-def _field(field: dataclasses.Field[Any]) -> tuple[object, ...]:
-    default = (field.default, field.default_factory, dict(field.metadata))
-    return (field.name, field.init, field.compare, field.hash, field.kw_only, *default)
-
-
-def _annotation(kind: object) -> str:
-    return _qualname(kind) if isinstance(kind, type) else repr(kind)
-
-
-def _resolve_name(module: str, scope: dict[str, Any]) -> str:
-    if not module.startswith("."):
-        return module
-    return importlib.util.resolve_name(module, scope.get("__package__") or "")
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                if isinstance(first.value.value, str):
-                    node.body = node.body[1:]
-    return tree
-
-
-def _imports(tree: ast.Module, module: types.ModuleType) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            base = _resolve_name(base, vars(module))
-            names.add(base)
-            names |= {f"{base}.{a.name}" for a in node.names if f"{base}.{a.name}" in sys.modules}
-    return names
+def _undecidable(path: str, function: types.FunctionType, what: str) -> UnhashableError:
+    how = "by a name that is only known at run time; declare `version=`"
+    return unhashable(path, function, f"{what} {how}")

@@ -18,37 +18,20 @@ import pathlib
 import struct
 import sys
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from trainonce.errors import EncodingError
 from trainonce.graph.digest import digest
 from trainonce.graph.encoders import array_bytes, tensor_bytes
+from trainonce.graph.forms import FORMS, class_name, register_codec
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = ["decode", "encode", "register_codec"]
 
 MAGIC = b"TRAINONCE-BLOB-1"
 _ALIGN = 64
 _HEAD = struct.Struct("<Q")
-
-# Type name -> (to plain, from plain), taught by `register_codec`.
-_taught: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {}
-
-
-def register_codec(
-    cls: type, to_plain: Callable[[Any], object], from_plain: Callable[[Any], object]
-) -> None:
-    """Teach the store to keep objects of exactly `cls`.
-
-    Args:
-        cls: The type; `digest.register` teaches its digest.
-        to_plain: Returns storable values that determine the object.
-        from_plain: Builds the object from them. Registered code runs on what the store holds,
-            so it must not trust it.
-    """
-    _taught[_class_name(cls)] = (to_plain, from_plain)
 
 
 def encode(value: object) -> bytes:
@@ -85,7 +68,12 @@ def decode(data: bytearray) -> Any:
         tree = json.loads(bytes(data[start : start + length]))
     except ValueError as error:
         raise EncodingError(f"a stored result cannot be read: {error}") from error
-    return _Reader(data, start + length).node(tree)
+    try:
+        return _Reader(data, start + length).node(tree)
+    except EncodingError:
+        raise
+    except Exception as error:  # a library that is missing here, or is another version
+        raise EncodingError(f"a stored result cannot be read: {error!r}") from error
 
 
 class _Writer:
@@ -128,10 +116,10 @@ class _Writer:
 
     def _rich(self, value: Any, path: str) -> Any:
         kind = type(value)
-        name = _class_name(kind)
-        if name in _taught:
+        name = class_name(kind)
+        if name in FORMS:
             self.is_delicate = True
-            return ["taught", name, self.node(_taught[name][0](value), path)]
+            return ["taught", name, self.node(_plain_form(name, value, path), path)]
         if isinstance(value, pathlib.PurePath):
             return ["path", str(value)]
         if kind in (datetime.date, datetime.datetime, datetime.time):
@@ -142,8 +130,13 @@ class _Writer:
         if kind is decimal.Decimal:
             return ["Decimal", str(value)]
         if kind in (np.ndarray, np.memmap) and not value.dtype.hasobject:
+            self.is_delicate |= value.dtype.names is not None  # gaps have no names
             dtype = value.dtype.descr if value.dtype.names else value.dtype.str
             return ["array", dtype, list(value.shape), self.buffer(array_bytes(value))]
+        if kind is np.ndarray:
+            self.is_delicate = True
+            items = [self.node(item, path) for item in value.reshape(-1)]
+            return ["objects", list(value.shape), items]
         if isinstance(value, np.generic) and not value.dtype.hasobject and not value.dtype.names:
             return ["scalar", value.dtype.str, self.buffer(value.tobytes())]
         if name in ("torch.Tensor", "torch.nn.parameter.Parameter"):
@@ -186,16 +179,18 @@ class _Writer:
 
     def _object(self, value: Any, path: str) -> Any:
         kind = type(value)
+        if isinstance(value, enum.Flag):
+            return ["flag", class_name(kind), value.value]
         if isinstance(value, enum.Enum):
-            return ["enum", _class_name(kind), value.name]
+            return ["enum", class_name(kind), value.name]
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
             self.is_delicate = True
-            return ["namedtuple", _class_name(kind), [self.node(item, path) for item in value]]
+            return ["namedtuple", class_name(kind), [self.node(item, path) for item in value]]
         if dataclasses.is_dataclass(value):
             self.is_delicate = True
             names = [field.name for field in dataclasses.fields(value)]
             fields = [[n, self.node(getattr(value, n), f"{path}.{n}")] for n in names]
-            return ["dataclass", _class_name(kind), fields]
+            return ["dataclass", class_name(kind), fields]
         raise _no_codec(path, value, "no safe encoding is known for its type")
 
 
@@ -262,6 +257,12 @@ class _Reader:
             return np.zeros(shape, kind)
         return np.frombuffer(self.buffer(length), np.uint8).view(kind).reshape(shape)
 
+    def _read_objects(self, shape: list[int], items: list[Any]) -> Any:
+        array = np.empty(len(items), object)
+        for place, item in enumerate(items):
+            array[place] = self.node(item)
+        return array.reshape(shape)
+
     def _read_scalar(self, dtype: str, length: int) -> Any:
         return np.frombuffer(self.buffer(length), np.uint8).view(dtype)[0]
 
@@ -312,6 +313,9 @@ class _Reader:
     def _read_enum(self, name: str, member: str) -> Any:
         return _imported(name, enum.Enum)[member]
 
+    def _read_flag(self, name: str, value: int) -> Any:
+        return _imported(name, enum.Flag)(value)
+
     def _read_namedtuple(self, name: str, items: list[Any]) -> Any:
         return _imported(name, tuple)._make(self.node(item) for item in items)
 
@@ -326,9 +330,16 @@ class _Reader:
         return value
 
     def _read_taught(self, name: str, plain: Any) -> Any:
-        if name not in _taught:
+        if name not in FORMS:
             raise EncodingError(f"no codec is registered for {name}")
-        return _taught[name][1](self.node(plain))
+        return FORMS[name][1](self.node(plain))
+
+
+def _plain_form(name: str, value: Any, path: str) -> Any:
+    try:
+        return FORMS[name][0](value)
+    except Exception as error:
+        raise _no_codec(path, value, f"it does not become plain values: {error!r}") from error
 
 
 def _field(field: list[Any]) -> tuple[Any, ...]:
@@ -342,19 +353,11 @@ def _imported(name: str, base: type) -> Any:
     found: Any = sys.modules.get(module)
     for step in path.split("."):
         found = getattr(found, step, None)
-    if not isinstance(found, type) or not issubclass(found, base) or _class_name(found) != name:
+    if not isinstance(found, type) or not issubclass(found, base) or class_name(found) != name:
         raise EncodingError(f"the class {name} of a stored result is not imported here")
     if base is object and not dataclasses.is_dataclass(found):
         raise EncodingError(f"{name} is no dataclass")
     return found
-
-
-def _class_name(cls: type) -> str:
-    separator = "." if cls.__module__.partition(".")[0] in _LIBRARIES else ":"
-    return f"{cls.__module__}{separator}{cls.__qualname__}"
-
-
-_LIBRARIES = frozenset({"torch", "pyarrow", "pandas"})
 
 
 def _no_codec(path: str, value: object, reason: str) -> EncodingError:

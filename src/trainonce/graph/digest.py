@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import importlib
 import struct
+import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import xxhash
 from blake3 import blake3
 
-from trainonce.errors import UnhashableError
+from trainonce.errors import TrainOnceError, UnhashableError
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +32,7 @@ FORMAT = b"trainonce-value-1\n"
 # Encodes one value through the encoder it is given; the string is the path for errors.
 Handler: TypeAlias = "Callable[[Encoder, Any, str], None]"
 
+_TICK_NS = 2_000_000_000
 _NAN = struct.pack("<Q", 0x7FF8000000000000)
 _handlers: dict[type, Handler] = {}
 _resolvers: list[Callable[[type], Handler | None]] = []
@@ -79,6 +81,10 @@ class Encoder:
         self._open.add(id(value))
         try:
             handler(self, value, path)
+        except (TrainOnceError, OSError):
+            raise
+        except Exception as error:  # a library's object that is not what it was known as
+            raise unhashable(path, value, f"it cannot be read ({error!r})") from error
         finally:
             self._open.discard(id(value))
 
@@ -122,6 +128,14 @@ def digest_file(path: str | os.PathLike[str], *, key: bytes | None = None) -> st
         while chunk := file.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()
+
+
+def is_settled(stat: os.stat_result) -> bool:
+    """Tell whether a file's next change would show in its stamps.
+
+    One that changed just now may change again within the same tick of the file system's clock.
+    """
+    return time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) >= _TICK_NS
 
 
 def checksum(data: bytes | memoryview) -> str:

@@ -1,4 +1,4 @@
-"""Encodings of what is not a plain value: arrays, tensors, modules, frames, objects.
+"""Encodings of what is not a plain value: arrays, tensors, modules, functions, objects.
 
 Types are matched by name, so that no library is imported for being looked for. Only exact
 types are taken: a subclass may hold more than its base shows.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainonce.graph import frame_encoders
 from trainonce.graph.digest import Encoder, Handler, handles, resolves, unhashable
 
 if TYPE_CHECKING:
@@ -138,7 +139,10 @@ def _array(encoder: Encoder, value: np.ndarray, path: str) -> None:
     if value.dtype.hasobject:
         encoder.record("objects", value.shape, list(value.reshape(-1)), path=path)
         return
-    kind = value.dtype.descr if value.dtype.names else value.dtype.str
+    try:
+        kind = value.dtype.descr if value.dtype.names else value.dtype.str
+    except ValueError as error:
+        raise unhashable(path, value, f"its fields overlap: {error}") from error
     encoder.head(b"r", 3)
     encoder.raw(b"s", b"ndarray")
     encoder.value(kind, path)
@@ -187,8 +191,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the elements of a strided tensor of any dtype and device, in C order, as bytes."""
     import torch
 
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    if flat.stride(0) != 1:  # one element is contiguous to torch whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _module(encoder: Encoder, value: torch.nn.Module, path: str) -> None:
@@ -234,9 +240,9 @@ def _code(encoder: Encoder, value: Any, path: str) -> None:
 
 def _library_object(encoder: Encoder, value: Any, path: str) -> None:
     """An object of compiled code that can be imported by its name: the name and the version."""
-    from trainonce.graph import code
+    from trainonce.graph import code, code_objects
 
-    name = code.library_name(value)
+    name = code_objects.library_name(value)
     if name is None:
         raise unhashable(path, value, "its state is not known to be complete")
     encoder.record("library", name, code.encode_code(sys.modules[value.__module__], path))
@@ -305,95 +311,7 @@ def _named_tuple(encoder: Encoder, value: tuple[object, ...], path: str) -> None
     encoder.record("namedtuple", type(value), tuple(value), path=path)
 
 
-# ---------------------------------------------------------------- frames, datasets, tokenizers
-
-
-def _pandas_frame(encoder: Encoder, value: Any, path: str) -> None:
-    encoder.head(b"r", 4 + value.shape[1])
-    encoder.raw(b"s", b"pandas.DataFrame")
-    _pandas_values(encoder, value.index, f"{path}.index")
-    _pandas_values(encoder, value.columns, f"{path}.columns")
-    encoder.value(dict(value.attrs), f"{path}.attrs")
-    encoder.value(value.shape, path)
-    for number in range(value.shape[1]):
-        _pandas_values(encoder, value.iloc[:, number], f"{path}[{value.columns[number]!r}]")
-
-
-def _pandas_series(encoder: Encoder, value: Any, path: str) -> None:
-    encoder.head(b"r", 3)
-    encoder.raw(b"s", b"pandas.Series")
-    encoder.value(value.name, f"{path}.name")
-    _pandas_values(encoder, value.index, f"{path}.index")
-    _pandas_values(encoder, value, path)
-
-
-def _pandas_index(encoder: Encoder, value: Any, path: str) -> None:
-    encoder.head(b"r", 2)
-    encoder.raw(b"s", b"pandas.Index")
-    encoder.value(list(value.names), f"{path}.names")
-    _pandas_values(encoder, value, path)
-
-
-def _pandas_values(encoder: Encoder, value: Any, path: str) -> None:
-    """One column or index: plain dtypes as arrays, everything else value by value."""
-    names = list(value.names) if hasattr(value, "names") else None
-    kind: Any = value.dtype
-    encoder.value((str(kind), names), path)
-    if str(kind) == "category":
-        encoder.value((np.asarray(value.array.codes), kind.ordered), path)
-        _pandas_values(encoder, kind.categories, f"{path}.categories")
-        return
-    if isinstance(kind, np.dtype) and not kind.hasobject:
-        encoder.value(np.asarray(value), path)
-        return
-    missing = np.asarray(value.isna())
-    encoder.value(missing, path)
-    if type(kind).__name__ in ("DatetimeTZDtype", "PeriodDtype"):
-        encoder.value(np.asarray(value.array.asi8), path)
-        return
-    items = zip(value.array.astype(object), missing, strict=True)
-    encoder.value([None if gone else item for item, gone in items], path)
-
-
-def _arrow_table(encoder: Encoder, value: Any, path: str) -> None:
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    table = value.combine_chunks()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    encoder.head(b"r", 1)
-    encoder.raw(b"s", b"arrow.Table")
-    encoder.raw(b"b", memoryview(sink.getvalue()))
-
-
-def _polars_frame(encoder: Encoder, value: Any, path: str) -> None:
-    encoder.head(b"r", 1)
-    encoder.raw(b"s", b"polars.DataFrame")
-    _arrow_table(encoder, value.rechunk().to_arrow(), path)
-
-
-def _hf_dataset(encoder: Encoder, value: Any, path: str) -> None:
-    # Its own `_fingerprint` misses edits of helpers, so the content is read instead.
-    indices = None if value._indices is None else value._indices.table
-    layout = (str(value.features), dict(value.format), str(value.split))
-    encoder.record("datasets.Dataset", layout, value.data.table, indices, path=path)
-
-
-def _fast_tokenizer(encoder: Encoder, value: Any, path: str) -> None:
-    settings = {key: str(item) for key, item in sorted(value.init_kwargs.items())}
-    content = value.backend_tokenizer.to_str()
-    mode = (value.padding_side, value.truncation_side, value.model_max_length)
-    encoder.record("tokenizer", type(value), content, settings, mode, path=path)
-
-
-def _tokenizer(encoder: Encoder, value: Any, path: str) -> None:
-    encoder.record("tokenizers.Tokenizer", value.to_str(), path=path)
-
-
-def _hf_config(encoder: Encoder, value: Any, path: str) -> None:
-    encoder.record("config", type(value), value.to_dict(), path=path)
-
+# ---------------------------------------------------------------- by name, by base, by kind
 
 _BY_NAME: dict[str, Handler] = {
     "torch.Tensor": _tensor,
@@ -406,22 +324,11 @@ _BY_NAME: dict[str, Handler] = {
     "typing.TypeVar": _by_repr,
     "typing.ParamSpec": _by_repr,
     "torch.Size": lambda e, v, p: e.record("Size", tuple(v), path=p),
-    "pandas.DataFrame": _pandas_frame,
-    "pandas.core.frame.DataFrame": _pandas_frame,
-    "pandas.Series": _pandas_series,
-    "pandas.core.series.Series": _pandas_series,
-    "pyarrow.lib.Table": _arrow_table,
-    "polars.dataframe.frame.DataFrame": _polars_frame,
-    "datasets.arrow_dataset.Dataset": _hf_dataset,
-    "tokenizers.Tokenizer": _tokenizer,
+    **frame_encoders.BY_NAME,
 }
 # Base class -> handler, for families whose every member shares one complete state.
 _BY_BASE: dict[str, Handler] = {
-    "transformers.tokenization_utils_fast.PreTrainedTokenizerFast": _fast_tokenizer,
-    "transformers.tokenization_utils_tokenizers.TokenizersBackend": _fast_tokenizer,
-    "transformers.configuration_utils.PretrainedConfig": _hf_config,
-    "transformers.configuration_utils.PreTrainedConfig": _hf_config,
-    "pandas.core.indexes.base.Index": _pandas_index,
+    **frame_encoders.BY_BASE,
     "torch.nn.modules.module.Module": _module,
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from trainonce.graph.store import Claim, Store
 
 UNSET: Any = object()
+_log = logging.getLogger(__name__)
+_DECLARED = "it is declared with cache=False"
 
 
 class OutputChangedError(Exception):
@@ -48,6 +53,7 @@ class Task:
         how: "hit", "run" or "shared", once it is settled.
         deferred: Somebody else evaluates it: others come first, then it is tried again.
         seconds: How long running it took here.
+        doubts: Why its function may give something else the next time.
     """
 
     node: Node[Any]
@@ -62,6 +68,7 @@ class Task:
     settled: bool = False
     deferred: bool = False
     seconds: float = 0.0
+    doubts: list[str] = field(default_factory=lambda: [])
     gpus: tuple[int, ...] = ()
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -175,7 +182,7 @@ class Evaluator:
         try:
             return store.lookup(task.key.key)
         except StoreError as error:
-            store.troubles.append(str(error))
+            store.trouble(str(error))
             return None
 
     def _hit(self, task: Task, entry: Entry) -> None:
@@ -228,7 +235,7 @@ class Evaluator:
                     task.deferred = True
                     return None
             except StoreError as error:
-                store.troubles.append(str(error))
+                store.trouble(str(error))
                 return None
 
     def _was_committed(self, task: Task) -> bool:
@@ -260,15 +267,18 @@ class Evaluator:
             task.expansion = outcome.value
             return
         task.seconds = outcome.seconds
-        reasons = [*task.key.reasons, *outcome.reasons, *self._changes(task)]
+        task.doubts = [*task.key.reasons, *outcome.reasons, *self._changes(task)]
+        reasons = list(task.doubts)
         task.value, task.how, task.settled = outcome.value, "run", True
         try:
             task.output = self.keys.digest(outcome.value, "result")
         except UnhashableError as error:
+            if isinstance(outcome.value, Iterator):
+                raise _failure(task, _one_way(outcome), values) from None
             task.output = None
             reasons.append(error.message)
         if not node.function.options.cache:
-            reasons.append("it is declared with cache=False")
+            reasons.append(_DECLARED)
         self._keep(task, outcome, reasons, claim)
 
     def _call(self, task: Task, values: dict[str, Any]) -> Outcome:
@@ -327,6 +337,8 @@ class Evaluator:
         try:
             if reasons:
                 made.reasons = reasons
+                if reasons != [_DECLARED]:
+                    _warn(task.node.name, "; ".join(reasons))
                 store.note_uncached(task.node.name, "; ".join(reasons))
                 return
             entry = Entry(
@@ -346,7 +358,7 @@ class Evaluator:
             self._adopt_winner(task, store, error)
         except (EncodingError, StoreError) as error:
             made.reasons = [error.message]
-            store.troubles.append(f"{task.node.name} was not kept: {error.message}")
+            store.trouble(f"{task.node.name} was not kept: {error.message}")
 
     def _commit(self, task: Task, store: Store, entry: Entry, claim: Claim | None) -> None:
         replace = self._wants_refresh(task)
@@ -357,10 +369,23 @@ class Evaluator:
             task.value = UNSET  # somebody was first, or whoever needs it reads it
 
     def _adopt_winner(self, task: Task, store: Store, error: LeaseLostError) -> None:
-        store.troubles.append(str(error))
+        store.trouble(str(error))
         entry = store.lookup(task.key.key)
         if entry is not None and entry.output != task.output:
             task.entry, task.output, task.value = entry, entry.output, UNSET
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn(node: str, reason: str) -> None:
+    """Say once in each process why a node is evaluated each time."""
+    _log.warning("%s is evaluated each time: %s", node, reason)
+
+
+def _one_way(outcome: Outcome) -> Outcome:
+    kind = type(outcome.value).__name__
+    error = TypeError(f"it returned a {kind}, which is empty once somebody has read it: return a "
+                      "list of its items")  # fmt: skip
+    return Outcome(error=error)
 
 
 def _failure(task: Task, outcome: Outcome, values: dict[str, Any]) -> NodeError:

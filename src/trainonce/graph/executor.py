@@ -22,7 +22,7 @@ from trainonce.graph import inputs
 from trainonce.graph.evaluate import UNSET, Evaluator, OutputChangedError, Settings, Task
 from trainonce.graph.node import Node
 from trainonce.graph.progress import Plan, Printer, Progress, Step
-from trainonce.graph.purity import is_watched
+from trainonce.graph.purity import Watch, unwatched, watch_here
 from trainonce.graph.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -69,25 +69,41 @@ def compute(
         InputMutatedError: A function changed its input.
         ConfigError: A node wants more GPUs than there are.
     """
-    opened = store if isinstance(store, Store) else store_at(store)
-    if wait_s is None and _is_distributed():
-        wait_s = 0.0
-    how = Settings(store=opened, refresh=refresh, strict=strict, wait_s=wait_s, nested=is_watched())
-    if dry_run:
-        return _Run(values, how, Resources.of(workers), None).plan()
-    show = Printer() if progress is True else (progress or None)
-    with _opened(executor, workers) as inner:
-        how = replace(how, executor=inner)
-        for attempt in range(_MAX_RESTARTS + 1):
-            how = replace(how, accept_changes=attempt == _MAX_RESTARTS)
-            try:
-                results = _Run(values, how, Resources.of(workers), show).results()
-                return results[0] if len(results) == 1 else tuple(results)
-            except OutputChangedError:
-                # Its dependents are keyed on an output that no longer stands. What was
-                # evaluated is in the store; only what is downstream runs again. What was asked
-                # to be fresh has been.
-                how = replace(how, refresh=False)
+    outer = watch_here()
+    with unwatched():
+        opened = store if isinstance(store, Store) else store_at(store)
+        if wait_s is None and _is_distributed():
+            wait_s = 0.0
+        nested = outer is not None
+        how = Settings(store=opened, refresh=refresh, strict=strict, wait_s=wait_s, nested=nested)
+        if dry_run:
+            return _Run(values, how, Resources.of(workers), None).plan()
+        show = Printer() if progress is True else (progress or None)
+        with _opened(executor, workers) as inner:
+            how = replace(how, executor=inner)
+            run, results = _finish(values, how, workers, show)
+    if outer is not None:
+        run.tell(outer)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _finish(
+    values: tuple[Any, ...],
+    how: Settings,
+    workers: int | None,
+    show: Callable[[Progress], None] | None,
+) -> tuple[_Run, list[Any]]:
+    """Evaluate everything; what is downstream of an output that changed runs again."""
+    for attempt in range(_MAX_RESTARTS + 1):
+        how = replace(how, accept_changes=attempt == _MAX_RESTARTS)
+        run = _Run(values, how, Resources.of(workers), show)
+        try:
+            return run, run.results()
+        except OutputChangedError:
+            # Its dependents are keyed on an output that no longer stands. What was
+            # evaluated is in the store; only what is downstream runs again. What was asked
+            # to be fresh has been.
+            how = replace(how, refresh=False)
     raise AssertionError("the last attempt accepts changes")
 
 
@@ -117,8 +133,8 @@ def settle(
     """
     show = Printer() if progress is True else (progress or None)
     how = Settings(
-        store=store, wait_s=wait_s, nested=is_watched(), accept_changes=True, drop_values=True,
-        defer_s=_DEFER_S,
+        store=store, wait_s=wait_s, nested=watch_here() is not None, accept_changes=True,
+        drop_values=True, defer_s=_DEFER_S,
     )  # fmt: skip
     run = _Run(tuple(nodes), how, Resources.of(workers), show)
     run.settle()
@@ -215,6 +231,12 @@ class _Run:
         self.settle()
         take = self._evaluator.value_of
         return [inputs.replace(v, lambda n: take(self._tasks[id(n)])) for v in self._values]
+
+    def tell(self, outer: Watch) -> None:
+        """Tell the node within which this ran what its nodes read, and why one is not kept."""
+        for task in self._tasks.values():
+            if task.twin is None:
+                outer.take_over(task.node.name, task.doubts, task.key.sources)
 
     def settle(self) -> None:
         """Evaluate everything."""

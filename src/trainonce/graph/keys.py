@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import StoreError, UnhashableError
 from trainonce.graph import inputs
-from trainonce.graph.code import Fingerprint, fingerprint
+from trainonce.graph.code import Fingerprint, fingerprint, noting_impure
 from trainonce.graph.digest import combine, digest, digest_file
 from trainonce.graph.node import Dir, File, Node, Resolver, current
 from trainonce.graph.numerics import numerics
@@ -101,7 +101,9 @@ class Keys(Resolver):
         with self.resolving():
             try:
                 self._add_code(made, node)
-                self._add_arguments(made, node)
+                with noting_impure() as impure:
+                    self._add_arguments(made, node)
+                made.reasons += [one for one in impure if one not in made.reasons]
             except UnhashableError as error:
                 made.reasons.append(error.message)
                 return made
@@ -213,5 +215,5 @@ class Keys(Resolver):
             try:
                 return self._store.file_digest(path)
             except StoreError as error:
-                self._store.troubles.append(str(error))
+                self._store.trouble(str(error))
         return digest_file(path)

@@ -133,8 +133,13 @@ class Leases:
             pause_s = min(pause_s * 1.5, 0.1)
 
     @contextlib.contextmanager
-    def keep(self, lease: Renewable, every_s: float = HEARTBEAT_S) -> Generator[None]:
-        """Renew `lease` from a thread of its own while the block runs."""
+    def keep(self, lease: Renewable, every_s: float | None = None) -> Generator[None]:
+        """Renew `lease` from a thread of its own while the block runs.
+
+        Every `HEARTBEAT_S`, or a tenth of the expiry where that is less.
+        """
+        if every_s is None:
+            every_s = min(HEARTBEAT_S, self._expiry_s / 10)
         stop = threading.Event()
         thread = threading.Thread(
             target=_beat_until, args=(stop, lease, every_s), daemon=True, name="lease-heartbeat"

@@ -8,20 +8,34 @@ without asking Python (memory-mapped formats, say): docs/graph-format.md lists i
 
 from __future__ import annotations
 
+import contextlib
+import importlib.machinery
 import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainonce.graph.digest import checksum
 from trainonce.graph.packages import is_library_file
 
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
 _SYSTEM = tuple(map(Path, ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64")))
 _NETWORK = frozenset({"socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind"})
 _PROGRAM = frozenset({"subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"})
+# Compiled code that opens a file by itself, and says so.
+_OPENED = {"sqlite3.connect": "read", "ctypes.dlopen": "loaded"}
 _FOLDER = frozenset({"os.listdir", "os.scandir"})
-_IMPORTERS = ("importlib", "linecache.py", "tokenize.py", "zipimport", "inspect.py", "torch/_")
+# The import system reads code; any other file that goes through it (`pkgutil.get_data`) is data.
+_IMPORTERS = ("<frozen importlib", "<frozen zipimport")
+_CODE = tuple(importlib.machinery.all_suffixes())
+# Library files that read sources to show them, and what is installed.
+_READERS = (
+    "/linecache.py", "/tokenize.py", "/inspect.py", "/zipimport.py",
+    "/importlib/metadata/__init__.py",
+)  # fmt: skip
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -48,6 +62,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         _hook_once()
+        _watch_seeds()
         with _lock:
             for other in _running:
                 other._beside.add(self.name)
@@ -73,19 +88,38 @@ class Watch:
             if path not in self._written and not self._is_known(path):
                 self.reasons.append(f"it {what} {path}, which is no declared input")
 
+    def take_over(self, node: str, reasons: list[str], sources: Iterable[str]) -> None:
+        """Take over what a node that was computed within this one did: it is ours as well.
+
+        Args:
+            node: Its name.
+            reasons: Why it is not cached.
+            sources: Paths of files and folders that went into it.
+        """
+        self.reasons += [f"{node}, which it computes, is not kept: {reason}" for reason in reasons]
+        for source in sources:
+            self._read.setdefault(Path(source).absolute(), f"had {node} read")
+
     def see(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Take one audit event of the watched thread."""
         if event == "open":
             self._opened(*arguments[:3])
         elif event in _FOLDER and isinstance(arguments[0], (str, bytes)):
-            self._read.setdefault(Path(os.fsdecode(arguments[0])).absolute(), "listed")
+            if not _is_import(""):
+                self._read.setdefault(Path(os.fsdecode(arguments[0])).absolute(), "listed")
+        elif event in _OPENED and isinstance(arguments[0], (str, bytes)):
+            path = Path(os.fsdecode(arguments[0])).absolute()
+            if path.exists():
+                self._read.setdefault(path, _OPENED[event])
+            else:
+                self._written.add(path)  # it is made by being opened
         elif event in _NETWORK:
             self.reasons.append(f"it used the network ({event} {arguments[-1]!r})")
         elif event in _PROGRAM:
             self.reasons.append(f"it started a program ({arguments[0]!r})")
 
     def _opened(self, path: Any, mode: Any, flags: int) -> None:
-        if not isinstance(path, (str, bytes)) or _is_import():
+        if not isinstance(path, (str, bytes)) or _is_import(os.fsdecode(path)):
             return
         target = Path(os.fsdecode(path)).absolute()
         if flags & os.O_TRUNC or flags & os.O_EXCL:
@@ -104,9 +138,20 @@ class Watch:
         return is_library_file(resolved) or resolved.suffix == ".pyc" or not path.exists()
 
 
-def is_watched() -> bool:
-    """Tell whether this thread runs a node."""
-    return getattr(_local, "watch", None) is not None
+def watch_here() -> Watch | None:
+    """Return the watch of the node that this thread runs, or None."""
+    return getattr(_local, "watch", None)
+
+
+@contextlib.contextmanager
+def unwatched() -> Generator[None]:
+    """Leave what this thread does to other checks: a `compute` within a node has its own."""
+    before = watch_here()
+    _local.watch = None
+    try:
+        yield
+    finally:
+        _local.watch = before
 
 
 def generator_states() -> dict[str, str]:
@@ -126,11 +171,18 @@ def generator_states() -> dict[str, str]:
     return states
 
 
-def _is_import() -> bool:
-    """Tell whether Python itself opens the file: to import it, or to show its source."""
+def _is_import(path: str) -> bool:
+    """Tell whether Python itself opens the file: to import it, or to show its source.
+
+    Args:
+        path: Of the file; empty for a folder that is listed.
+    """
     frame = sys._getframe(3)
     for _ in range(3):
-        if any(part in frame.f_code.co_filename for part in _IMPORTERS):
+        name = frame.f_code.co_filename
+        if name.startswith(_IMPORTERS):
+            return not path or path.endswith(_CODE)
+        if (name.endswith(_READERS) or "/torch/_" in name) and is_library_file(name):
             return True
         if frame.f_back is None:
             break
@@ -144,6 +196,23 @@ def _hook_once() -> None:
         if not _is_hooked:
             sys.addaudithook(_audit)
             _is_hooked = True
+
+
+def _watch_seeds() -> None:
+    """See it when NumPy seeds a generator from entropy, in whatever library that happens."""
+    numpy = sys.modules.get("numpy.random.bit_generator")
+    draw: Any = getattr(numpy, "randbits", None)
+    if draw is None or hasattr(draw, "watched"):
+        return
+
+    def randbits(count: int) -> int:
+        watch = watch_here()
+        if watch is not None:
+            watch.reasons.append("it made a NumPy generator without a seed")
+        return draw(count)
+
+    vars(randbits)["watched"] = True
+    vars(numpy)["randbits"] = randbits
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:

@@ -12,7 +12,10 @@ _CLOCKS = (
     "time.perf_counter_ns", "time.process_time", "time.process_time_ns", "time.thread_time",
     "time.localtime", "time.gmtime", "time.ctime", "time.strftime", "timeit.default_timer",
     "datetime.datetime.now", "datetime.datetime.utcnow", "datetime.datetime.today",
-    "datetime.date.today",
+    "datetime.date.today", "pandas.Timestamp.now", "pandas.Timestamp.today",
+    "pandas.Timestamp.utcnow", "pandas._libs.tslibs.timestamps.Timestamp.now",
+    "pandas._libs.tslibs.timestamps.Timestamp.today",
+    "pandas._libs.tslibs.timestamps.Timestamp.utcnow",
 )  # fmt: skip
 _ENTROPY = (
     "os.urandom", "posix.urandom", "os.getrandom", "posix.getrandom", "secrets", "uuid.uuid1",
@@ -20,11 +23,11 @@ _ENTROPY = (
 )  # fmt: skip
 _ENVIRONMENT = (
     "os.environ", "os.environb", "os.getenv", "os.getenvb", "posix.environ", "sys.argv",
-    "sys.stdin", "builtins.input", "getpass", "os.getpid", "posix.getpid", "os.getcwd",
-    "posix.getcwd", "pathlib.Path.cwd", "pathlib.Path.home", "socket.gethostname",
-    "_socket.gethostname", "platform.node",
+    "sys.stdin", "builtins.input", "getpass", "os.getcwd", "posix.getcwd", "pathlib.Path.cwd",
+    "pathlib.Path.home", "socket.gethostname", "_socket.gethostname", "platform.node",
+    "posixpath.expandvars", "posixpath.expanduser",
 )  # fmt: skip
-# Unseeded when called with nothing in the parentheses.
+# Unseeded when called with nothing, or None, in the parentheses.
 _GENERATORS = (
     "numpy.random.default_rng", "numpy.random._generator.default_rng", "random.Random",
     "numpy.random.RandomState", "numpy.random.mtrand.RandomState", "numpy.random.SeedSequence",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from trainonce.errors import ConfigError, DamagedError, EncodingError, StoreErro
 from trainonce.graph import codecs
 from trainonce.graph.blobs import Blobs
 from trainonce.graph.booking import book, saved
-from trainonce.graph.digest import digest_bytes, digest_file
+from trainonce.graph.digest import digest_bytes, digest_file, is_settled
 from trainonce.graph.index import Entry, Index, index_path
 from trainonce.graph.journal import Journal
 from trainonce.graph.leases import EXPIRY_S, Lease, Leases, process_identity
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from trainonce.clock import Clock
     from trainonce.events import Event
 
-# A file changed within this time of its hashing may change again unseen by its time stamp.
-_RACY_NS = 2_000_000_000
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,12 @@ class Store:
         self._saved: set[str] = set()
         self._fetch_tombstones()
 
+    def trouble(self, text: str) -> None:
+        """Note what went wrong without stopping anything, and say so the first time."""
+        if text not in self.troubles:
+            self.troubles.append(text)
+            _log.warning("%s", text)
+
     def bind(self, digest: str) -> str:
         """Return a digest bound to the tenant; the same digest where there is none."""
         if self.tenant_key is None:
@@ -146,7 +152,7 @@ class Store:
         try:
             value = codecs.decode(data)
         except EncodingError as error:
-            self.troubles.append(f"{entry.node}: {error.message}")
+            self.trouble(f"{entry.node}: {error.message}")
             return None
         return Loaded(value, time.perf_counter() - started)
 
@@ -185,7 +191,7 @@ class Store:
         try:
             shared = self.remote.claim(key, owner)
         except StoreError as error:
-            self.troubles.append(str(error))
+            self.trouble(str(error))
             return Claim(key, local)
         if shared is None:
             local.release()
@@ -306,8 +312,7 @@ class Store:
                 if self.index.seal(f"{target}|{stamp}|{rows[0][1]}") == rows[0][2]:
                     return rows[0][1]
         content = digest_file(target)
-        racy = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) < _RACY_NS
-        if not self.read_only and not racy:
+        if not self.read_only and is_settled(stat):
             seal = self.index.seal(f"{target}|{stamp}|{content}")
             with self.index.db.transaction() as connection:
                 connection.execute(
@@ -340,14 +345,14 @@ class Store:
         except DamagedError as error:
             if self.read_only:
                 raise
-            self.troubles.append(f"{error.message}: made again from the journal")
+            self.trouble(f"{error.message}: made again from the journal")
             index = Index(self.journal.rebuild(path), key=self.tenant_key)
         if not self.read_only:
             index.db.repair = self._repair
         return index
 
     def _repair(self, damaged: Path) -> Path:
-        self.troubles.append(f"the index {damaged} is damaged: made again from the journal")
+        self.trouble(f"the index {damaged} is damaged: made again from the journal")
         return self.journal.rebuild(damaged)
 
     def _commit_entry(self, entry: Entry, claim: Claim | None, replace: bool) -> Entry:
@@ -416,7 +421,7 @@ class Store:
             if claim is not None and claim.shared is not None:
                 claim.shared.release()
         except StoreError as error:
-            self.troubles.append(str(error))
+            self.trouble(str(error))
 
     def _shared(self, ask: Callable[[Remote], Any]) -> Any:
         """Ask the shared half; None where there is none or it has trouble."""
@@ -425,7 +430,7 @@ class Store:
         try:
             return ask(self.remote)
         except StoreError as error:
-            self.troubles.append(str(error))
+            self.trouble(str(error))
             return None
 
     def _fetch_tombstones(self) -> None:

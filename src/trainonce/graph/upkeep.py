@@ -53,6 +53,7 @@ class Forgotten:
         rows: Rows of features and labels that were erased.
         tombstones: Digests that will not be served or kept again.
         left: Results and rows of this source that a full scan still found: 0 is the proof.
+        doubtful: Damaged files that told what was made from what: rows may have been missed.
     """
 
     entries: list[str] = field(default_factory=lambda: [])
@@ -60,6 +61,7 @@ class Forgotten:
     rows: int = 0
     tombstones: list[str] = field(default_factory=lambda: [])
     left: int = 0
+    doubtful: list[str] = field(default_factory=lambda: [])
 
 
 def evict(store: Store, budget_bytes: int) -> Collected:
@@ -192,6 +194,7 @@ def forget(
     if rows_of(store):
         from trainonce.graph.features.upkeep import forget as forget_rows
 
+        done.doubtful = tables.damaged_lineage(rows_folder(store))
         done.rows, left = forget_rows(rows_folder(store), samples or [], sorted(digests))
         done.left += left
     done.descendants = sorted(set(done.descendants))

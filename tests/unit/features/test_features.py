@@ -190,6 +190,10 @@ def test_inputs_pick_arguments_by_key_name_and_function(tmp_path):
         assert rows[2]["label"] == 2
     rows = features(Two(), data, inputs={"a": "right", "b": "left"}, store=tmp_path)
     assert torch.equal(rows[2]["features"], -wanted[2]), "names decide, not the order"
+    named = {"b": "right", "a": "left"}
+    rows = features(Two(), data, inputs=named, outputs=lambda found: found + 1, store=tmp_path)
+    assert torch.equal(rows[2]["features"], wanted[2] + 1)
+    assert rows.report.proof.startswith("export")
     with pytest.raises(DataError, match="'missing'"):
         features(Two(), data, inputs=["missing"], store=tmp_path)
     with pytest.raises(DataError, match="which item"):
@@ -206,7 +210,7 @@ def test_the_last_batch_is_filled_up_so_that_all_rows_have_one_batch_size(tmp_pa
             return x * 1
 
     rows = features(Seen(), X, batch_size=16, store=tmp_path, version="1")
-    assert rows.report.num_batches == 6, "2 calls compare rows, where the graph is declared"
+    assert rows.report.num_batches == 10, "6 calls compare rows, where the graph is declared"
     assert set(sizes) == {16}
 
 
@@ -217,6 +221,16 @@ def test_a_module_that_mixes_samples_is_refused(tmp_path):
 
     with pytest.raises(StateMismatchError, match="depends on the other samples"):
         features(Mixing(), X, batch_size=16, store=tmp_path)
+
+
+def test_a_module_whose_python_looks_at_the_whole_batch_is_refused(tmp_path):
+    class Choosing(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+
+    data = torch.cat([torch.full((8, 6), -1.0), torch.full((8, 6), 2.0)])
+    with pytest.raises(StateMismatchError, match="depends on the other samples"):
+        features(Choosing(), data, batch_size=16, store=tmp_path, version="1")
 
 
 def test_outputs_without_one_entry_a_sample_are_refused(tmp_path):

@@ -227,7 +227,7 @@ def test_the_trace_is_kept_for_other_processes_and_a_damaged_one_is_ignored(
 
 
 def test_versions_see_optimizer_steps_and_loading(net):
-    versions = fp.Versions(net.parameters())
+    versions = fp.Versions(net.parameters)
     assert not versions.changed()
     with torch.no_grad():
         net.lin.weight.add_(1)
@@ -235,6 +235,9 @@ def test_versions_see_optimizer_steps_and_loading(net):
     assert not versions.changed()
     net.load_state_dict(net.state_dict())
     assert versions.changed()
+    net.lin.weight = nn.Parameter(net.lin.weight.detach().clone())
+    assert versions.changed()
+    assert not versions.changed()
 
 
 def test_explain_names_the_part_that_differs(net):

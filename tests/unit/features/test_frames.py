@@ -40,6 +40,17 @@ def test_changed_weights_serve_nothing_old():
         net[1].bias.add_(1.0)
     assert torch.equal(serve(frames(1)[0]), net(frames(1))[0])
     assert serve.report.computed == 2
+    net[1].bias = nn.Parameter(net[1].bias + 1.0)  # another object in its place
+    assert torch.equal(serve(frames(1)[0]), net(frames(1))[0])
+
+
+def test_what_a_caller_does_to_an_output_reaches_nobody_else():
+    net = model()
+    serve = once.FrameCache(net, max_bytes=1 << 20)
+    for _ in range(3):
+        output = serve(frames(1)[0])
+        assert torch.equal(output, net(frames(1))[0])
+        output.add_(100.0)
 
 
 def test_near_frames_are_one_only_where_that_is_declared_and_are_audited():

@@ -81,6 +81,28 @@ def test_another_run_and_another_head_find_the_rows(net, tmp_path):
     assert model.report.computed == 0
 
 
+def test_models_that_share_a_frozen_part_evaluate_it_once_a_batch(net, tmp_path):
+    torch.manual_seed(7)
+    other = Net()
+    other.stem.load_state_dict(net.stem.state_dict())
+    other.stem.requires_grad_(False)
+    nets = [net.eval(), other.eval()]
+    first, loader = memoize(nets[0], loader_of(), store=tmp_path)
+    second, _ = memoize(nets[1], loader_of(), store=tmp_path)
+    for x, _ in loader:
+        for model, plain in zip((first, second), nets, strict=True):
+            torch.testing.assert_close(model(x), plain(x.as_subclass(torch.Tensor)))
+    assert (first.report.computed, second.report.computed) == (120, 0)
+    assert second.report.hits == 120
+    with torch.no_grad():
+        other.stem[0].weight.data += 1  # no longer the same part
+    for x, _ in memoize(nets[1], loader_of(), store=tmp_path)[1]:
+        torch.testing.assert_close(first(x), nets[0](x.as_subclass(torch.Tensor)))
+    second.start_epoch()
+    torch.testing.assert_close(second(X[:32]), nets[1](X[:32]))
+    assert second.report.computed == 32
+
+
 def test_unfreezing_moves_the_cut_and_freezing_moves_it_back(net, tmp_path):
     model, loader = memoize(net, loader_of(), store=tmp_path)
     train(net, model, loader, epochs=1)

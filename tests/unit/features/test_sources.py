@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 
 import numpy as np
@@ -37,6 +38,14 @@ class Keyed(Items):
         return f"sample {index}"
 
 
+SCALE = 1.0
+
+
+class Scaled(Keyed):
+    def __getitem__(self, index):
+        return X[index] * SCALE, index
+
+
 @pytest.fixture(autouse=True)
 def no_reads_yet():
     Items.reads = Keyed.reads = 0
@@ -57,6 +66,15 @@ def test_keyed_samples_are_read_once_ever_labels_included(encoder, tmp_path):
     assert torch.equal(batch[0][0], feature)
     assert batch[2] == ["name 3", "name 5"]
     assert batch[4].dtype is torch.float64
+
+
+def test_a_global_that_a_keyed_dataset_reads_counts_as_it_is_now(encoder, tmp_path, monkeypatch):
+    assert features(encoder, Scaled(), store=tmp_path).report.computed == 20
+    assert features(encoder, Scaled(), store=tmp_path).report.computed == 0
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 2.0)
+    rows = features(encoder, Scaled(), store=tmp_path)
+    assert rows.report.computed == 20
+    assert torch.equal(rows[3][0], encoder(2 * X[3:5])[0].detach())
 
 
 def test_a_dataset_that_grew_is_read_at_its_new_samples_only(encoder, tmp_path):
@@ -237,6 +255,7 @@ def test_a_changed_file_and_a_changed_transform_are_computed_again(encoder, pict
 def test_unchanged_files_are_not_read_again(pictures, tmp_path, monkeypatch):
     from trainonce.graph.features import items
 
+    monkeypatch.setattr(items, "is_settled", lambda stat: True)  # they were made just now
     paths = [path for path, _ in Folder(pictures).samples]
     found = file_digests(paths, tmp_path / "store")
     read = []
@@ -246,6 +265,16 @@ def test_unchanged_files_are_not_read_again(pictures, tmp_path, monkeypatch):
     os.utime(paths[3], (time.time(), time.time()))
     file_digests(paths, tmp_path / "store")
     assert read == [paths[3]]
+
+
+def test_a_file_that_changes_within_a_tick_of_the_clock_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    stat = os.stat(path)
+    monkeypatch.setattr(os, "stat", lambda *_: stat)  # as if no stamp of it had moved
+    before = file_digests([str(path)], tmp_path)
+    path.write_bytes(b"new")
+    assert file_digests([str(path)], tmp_path) != before
 
 
 def test_a_subset_of_a_folder_keeps_labels_in_order(encoder, pictures, tmp_path):

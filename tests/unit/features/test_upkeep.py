@@ -142,3 +142,47 @@ def test_a_row_that_comes_late_is_not_kept_once_its_sample_is_forgotten(encoder,
     fresh = rows._engine.rows(rows.digests[:1], [0])
     assert table.put(fresh)
     assert len(os.listdir(table.folder)) == late.before
+
+
+def chain(encoder, store):
+    """Rows of a module on rows of another; returns both."""
+    rows = compute(encoder, store)
+    made = once.features(nn.Linear(4, 2).eval(), rows, batch_size=8, store=store)
+    once.open_store(store).close()
+    return rows, made
+
+
+def test_damaged_notes_beside_the_rows_stop_no_command(encoder, tmp_path, capsys):
+    rows = compute(encoder, tmp_path)
+    once.open_store(tmp_path).close()
+    folder = tmp_path / "rows" / rows.fingerprint.digest[:40]
+    for name in ("cost.json", "about.json"):
+        for text in ('{"sebonds": 1, "rows": 3}', '{"parts": 3, "seconds": "x", "rows": 1}', "{"):
+            (folder / name).write_text(text)
+            for command in (("ls",), ("gc",), ("verify",)):
+                assert run(capsys, tmp_path, *command)[0] == 0
+    assert compute(encoder, tmp_path).report.computed == 0
+
+
+def test_damage_in_what_tells_lineage_is_found_and_said(encoder, tmp_path, capsys):
+    rows, _ = chain(encoder, tmp_path)
+    (path,) = (tmp_path / "rows" / tables.LINEAGE).glob("*.pairs")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    sample = rows.digests[3].ljust(16, b"\0").hex()
+    code, out = run(capsys, tmp_path, "forget", "--sample", sample)
+    assert code == 1
+    assert f"lineage {path.name}" in out
+    assert run(capsys, tmp_path, "verify")[0] == 1
+    assert run(capsys, tmp_path, "verify")[0] == 0
+
+
+def test_a_flipped_bit_brings_no_forgotten_sample_back(encoder, tmp_path):
+    rows = compute(encoder, tmp_path)
+    upkeep.forget(once.open_store(tmp_path), samples=[rows.digests[3].ljust(16, b"\0").hex()])
+    path = tmp_path / "rows" / tables.FORGOTTEN
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+        assert np.isin(rows.digests[3], tables.forgotten(tmp_path / "rows"))

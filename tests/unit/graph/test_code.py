@@ -170,6 +170,61 @@ def test_getattr_widens_to_the_module_and_what_it_imports(project):
     assert project(files, edits=[harmless]).digest == base.digest
 
 
+LIVE = {
+    "getattr of a module": "import deep\ndef root(name): return getattr(deep, name)",
+    "a module in a container": "import deep\nALL = [deep]\ndef root(): return ALL[0].VALUE",
+    "a module's dictionary": "import deep\ndef root(name): return deep.__dict__[name]",
+    "a module as a default": "import deep\ndef root(module=deep): return module.VALUE",
+}
+LIVE_OWN = {
+    "globals": "VALUE = [1]\ndef root(name): return globals()[name]",
+    "sys.modules": "import sys\nVALUE = [1]\ndef root(): return sys.modules[__name__].VALUE",
+}
+
+
+@pytest.mark.parametrize("name", [*LIVE, *LIVE_OWN])
+def test_of_a_module_used_as_a_value_its_globals_count_as_they_are_now(project, name):
+    own = name in LIVE_OWN
+    files = {"deep": "VALUE = [1]\n", "main": LIVE_OWN[name] if own else LIVE[name]}
+    before = project(files)
+    sys.modules["main" if own else "deep"].VALUE[0] = 2
+    assert fingerprint(sys.modules["main"].root).digest != before.digest
+
+
+def test_modules_looked_up_by_name_leave_no_fingerprint(project):
+    for text in (
+        "import sys\ndef root(): return sys.modules['deep'].floor(1)",
+        "from sys import modules as m\ndef root(): return m['deep'].floor(1)",
+    ):
+        with pytest.raises(UnhashableError, match=r"sys\.modules at main\.py:2"):
+            project({**BASE, "main": text})
+
+
+def test_classes_found_by_their_base_leave_no_fingerprint(project):
+    text = "from models import Parent\ndef root():\n    return Parent.__subclasses__()\n"
+    with pytest.raises(UnhashableError, match=r"__subclasses__ in main\.py:2 reaches code"):
+        project({**BASE, "main": text})
+
+
+def test_implementations_of_a_generic_function_count(project):
+    text = """
+        import functools
+        @functools.singledispatch
+        def area(x):
+            return 0
+        @area.register
+        def _(x: int):
+            return x + 1
+        def root(x):
+            return area(x)
+    """
+    before = project({"main": text})
+    sys.modules["main"].root(3)
+    assert fingerprint(sys.modules["main"].root).digest == before.digest
+    for edit in (("main", "x + 1", "x + 2"), ("main", "return 0", "return 1")):
+        assert project({"main": text}, edits=[edit]).digest != before.digest
+
+
 def test_star_imports_are_followed(project):
     files = {**BASE, "main": "from helpers import *\ndef root(x):\n    return clean(x)\n"}
     assert project(files).digest != project(files, edits=[STALE["helper edited"]]).digest
@@ -240,8 +295,16 @@ def test_functions_made_at_run_time_have_a_fingerprint():
         ("import os\ndef root(): return os.environ['A']", "os.environ reads the environment"),
         ("import os\ndef help(): return os.urandom(4)\ndef root(): return help()", "urandom"),
         ("import uuid\ndef root(): return uuid.uuid4()", "uuid.uuid4 reads entropy"),
+        ("from os import environ as e\ndef root(): return e['A']", "os.environ reads"),
+        ("import time\ndef root(now=time.time): return now()", "time.time reads a clock, by way"),
+        ("import time\nNOW = [time.time]\ndef root(): return NOW[0]()", "time.time reads a clock"),
         ("import numpy as np\ndef root(): return np.random.default_rng()", "unseeded"),
+        ("import numpy as np\ndef root(): return np.random.default_rng(None)", "unseeded"),
+        ("import numpy as np\ndef root(): return np.random.RandomState(seed=None)", "unseeded"),
         ("import random\ndef root(): return random.Random().random()", "unseeded"),
+        ("import random\ndef root(): return random.Random(None).random()", "unseeded"),
+        ("def root(g): return g.seed()", "seed() draws entropy at main.py:1"),
+        ("import os\ndef root(): return os.path.expandvars('$A')", "the environment"),
     ],
 )
 def test_clocks_entropy_environment_and_unseeded_generators_are_seen(project, source, found):
@@ -289,6 +352,25 @@ def test_what_is_only_added_to_cannot_reach_the_result(project):
     before = project({"main": COUNTING})
     sys.modules["main"].root(3)
     assert fingerprint(sys.modules["main"].root).digest == before.digest
+
+
+CLASS_COUNTER = """
+    class Model:
+        calls, seen = 0, []
+        def run(self, x):
+            type(self).calls += 1
+            Model.seen.append(x)
+            return x
+    def root(x):
+        return Model().run(x)
+"""
+
+
+def test_a_counter_in_a_class_counts_only_where_it_is_read(project):
+    for read, counts in (("x", False), ("self.calls", True), ("len(Model.seen)", True)):
+        before = project({"main": CLASS_COUNTER.replace("return x\n", f"return {read}\n")})
+        sys.modules["main"].root(3)
+        assert (fingerprint(sys.modules["main"].root).digest != before.digest) is counts
 
 
 @pytest.mark.parametrize(

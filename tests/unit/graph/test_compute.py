@@ -2,8 +2,12 @@
 
 import concurrent.futures
 import dataclasses
+import importlib
+import importlib.resources
 import os
+import pkgutil
 import random
+import sqlite3
 import threading
 import time
 
@@ -286,6 +290,144 @@ def test_what_a_node_writes_and_reads_again_is_its_own(store, tmp_path):
     for _ in range(2):
         once.compute(scratch(str(tmp_path)), store=store)
     assert COUNTS["scratch"] == 1
+
+
+def test_data_that_goes_through_the_import_system_is_seen(store, tmp_path, monkeypatch):
+    package = tmp_path / "package_with_data"
+    package.mkdir()
+    (package / "__init__.py").write_text("LAZY = 1\n")
+    (package / "data.txt").write_text("abc")
+    (package / "lazy.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    @once.node(version="1")
+    def by_pkgutil():
+        return pkgutil.get_data("package_with_data", "data.txt")
+
+    @once.node(version="1")
+    def by_resources():
+        return importlib.resources.files("package_with_data").joinpath("data.txt").read_bytes()
+
+    @once.node(version="1")
+    def import_only():
+        return importlib.import_module("package_with_data.lazy").VALUE
+
+    for node in (by_pkgutil, by_resources):
+        once.compute(node(), store=store)
+        assert "data.txt, which is no declared input" in store.reason_uncached(node.name)
+    once.compute(import_only(), store=store)
+    assert store.reason_uncached(import_only.name) is None
+
+
+def test_a_database_that_is_opened_by_compiled_code_is_seen(store, tmp_path):
+    path = tmp_path / "data.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE t(x)")
+    connection.close()
+
+    @once.node(version="1")
+    def rows(path):
+        reader = sqlite3.connect(path)
+        try:
+            return len(reader.execute("SELECT * FROM t").fetchall())
+        finally:
+            reader.close()
+
+    @once.node(version="1")
+    def scratch(path):
+        for _ in range(2):
+            sqlite3.connect(path).execute("CREATE TABLE IF NOT EXISTS t(x)").connection.close()
+
+    once.compute(rows(str(path)), scratch(str(tmp_path / "scratch.db")), store=store)
+    assert f"read {path}" in store.reason_uncached(rows.name)
+    assert store.reason_uncached(scratch.name) is None
+    for _ in range(2):
+        once.compute(rows(once.File(path)), store=store)
+    assert once.compute(rows(once.File(path)), store=store, dry_run=True).steps[0].action == "hit"
+
+
+def test_a_generator_that_a_library_seeds_from_entropy_is_seen(store):
+    def library(seed=None):
+        return np.random.default_rng(seed)
+
+    @once.node(version="1")
+    def draw(seed):
+        return float(library(seed).random())
+
+    once.compute(draw(None), draw(3), store=store)
+    plan = once.compute(draw(None), draw(3), store=store, dry_run=True)
+    assert [step.action for step in plan.steps] == ["run", "hit"]
+    assert "without a seed" in store.reason_uncached(draw.name)
+
+
+def test_what_a_compute_within_a_node_read_counts_for_the_node(store, tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("abc")
+
+    @once.node(version="1")
+    def inner(path):
+        with open(path) as file:
+            return file.read()
+
+    @once.node
+    def clock():
+        return time.time_ns()
+
+    @once.node(version="1")
+    def over_a_file(path):
+        return once.compute(inner(once.File(path)), store=tmp_path / "inner") + "!"
+
+    @once.node(version="1")
+    def over_a_clock():
+        count("over_a_clock")
+        return once.compute(clock(), store=tmp_path / "inner") > 0
+
+    @once.node(version="1")
+    def over_a_hit():
+        return once.compute(double(2), store=tmp_path / "inner")
+
+    for text in ("abc", "abcd"):
+        path.write_text(text)
+        assert once.compute(over_a_file(str(path)), store=store) == text + "!"
+    assert f"inner read {path}, which is no declared" in store.reason_uncached(over_a_file.name)
+    for _ in range(2):
+        once.compute(over_a_clock(), store=store)
+    assert COUNTS["over_a_clock"] == 2
+    once.compute(double(2), store=tmp_path / "inner")
+    once.compute(over_a_hit(), store=store)
+    assert once.compute(over_a_hit(), store=store, dry_run=True).steps[0].action == "hit"
+
+
+def test_a_clock_that_comes_with_an_argument_is_seen(store):
+    @once.node
+    def call(function):
+        return function()
+
+    for function in (time.time_ns, lambda: time.time_ns()):
+        once.compute(call(function), store=store)
+        assert "time.time_ns reads a clock" in store.reason_uncached(call.name)
+    assert once.compute(call(dict), store=store) == {}
+    assert once.compute(call(dict), store=store, dry_run=True).steps[0].action == "hit"
+
+
+def test_what_can_be_read_only_once_is_no_result(store):
+    @once.node
+    def lines():
+        return (line for line in ("a", "b"))
+
+    with pytest.raises(NodeError, match="returned a generator, which is empty once"):
+        once.compute(lines(), store=store)
+
+
+def test_a_node_that_is_not_kept_says_why_once(store, caplog):
+    @once.node
+    def stamp():
+        return time.time_ns()
+
+    for _ in range(2):
+        once.compute(stamp(), store=store)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "stamp is evaluated each time: time.time_ns reads a clock at test_compute.py" in line
 
 
 def test_a_socket_is_seen(store):

@@ -93,6 +93,15 @@ def test_keep_renews_while_the_block_runs(tmp_path):
     assert not [t for t in threading.enumerate() if t.name == "lease-heartbeat"]
 
 
+def test_a_living_owner_beats_more_often_than_a_short_expiry(tmp_path):
+    leases = Leases(tmp_path / "index.db", expiry_s=1.9)  # less than HEARTBEAT_S
+    waiter = Leases(tmp_path / "index.db", expiry_s=1.9)
+    lease = leases.claim("k", "a")
+    with leases.keep(lease):
+        assert not waiter.wait("k", 2.2)
+    lease.commit()
+
+
 def test_a_process_that_is_gone_is_known_to_be_dead():
     child = multiprocessing.get_context("fork").Process(target=signal.pause)
     child.start()

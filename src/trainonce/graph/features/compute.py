@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import time
@@ -20,6 +21,7 @@ from trainonce.graph.features.fingerprint import write_aside
 from trainonce.graph.features.samples import generator_states
 from trainonce.graph.features.segments import Column, Rows
 from trainonce.graph.features.selection import Call
+from trainonce.graph.features.tables import COST
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,7 +184,24 @@ def choose(module: Callable[..., Any], outputs: Any) -> torch.nn.Module:
     """Return the module that computes just `outputs`; the given one where that is all."""
     if outputs is None and isinstance(module, torch.nn.Module):
         return module
-    return Cut(module, outputs)
+    inner = module.forward if isinstance(module, torch.nn.Module) else module
+    return _cut_like(inner)(module, outputs)
+
+
+def _cut_like(function: Callable[..., Any]) -> type[Cut]:
+    """Return a `Cut` with the parameters of `function`: torch.export cannot do with **kwargs."""
+
+    def forward(self: Cut, *args: Any, **kwargs: Any) -> Any:
+        return Cut.forward(self, *args, **kwargs)
+
+    try:
+        signature = inspect.signature(function)
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [own, *signature.parameters.values()]
+        vars(forward)["__signature__"] = signature.replace(parameters=parameters)
+    except ValueError:  # compiled code does not say
+        return Cut
+    return type("Cut", (Cut,), {"forward": forward})
 
 
 def name_outputs(found: Any) -> dict[str, torch.Tensor]:
@@ -301,15 +320,6 @@ def occupied(device: torch.device) -> dict[str, int]:
     return {"threads": torch.get_num_threads(), "gpus": 0}
 
 
-def seconds_per_row(folder: Path) -> float:
-    """Return what a row of this table took to compute, or 0.0 where it is not known."""
-    try:
-        cost = json.loads((folder / "cost.json").read_text())
-        return float(cost["seconds"]) / max(1, int(cost["rows"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
 def compare(fresh: Rows, stored: tuple[Any, ...]) -> float:
     """Return the largest difference between rows, in units of what is tolerated.
 
@@ -333,7 +343,7 @@ def compare(fresh: Rows, stored: tuple[Any, ...]) -> float:
 
 
 def check_rows_independent(engine: Engine, num_samples: int) -> None:
-    """Compare rows computed in two different batches, where independence is not proven.
+    """Compare rows computed in different batches, where independence is not proven.
 
     Raises:
         StateMismatchError: A row depends on the others in its batch.
@@ -342,11 +352,15 @@ def check_rows_independent(engine: Engine, num_samples: int) -> None:
     together = list(range(num_rows))
     names = np.zeros(num_rows, "S16")
     fresh = engine.rows(names, together)
-    # Other company, another place: the second half alone, reversed, padded with its last row.
-    half = together[num_rows // 2 :][::-1]
-    again = engine.rows(names[: len(half)], half)
-    kept = tuple([value[index] for index in half] for value in fresh.values)
-    gap = compare(again, kept)
+    # Other company, another place: the second half, reversed, padded with its last row; and some
+    # rows in batches of their own.
+    others = [together[num_rows // 2 :][::-1]]
+    others += [[index] for index in sorted({0, num_rows // 3, 2 * num_rows // 3, num_rows - 1})]
+    gap = 0.0
+    for chosen in others:
+        again = engine.rows(names[: len(chosen)], chosen)
+        kept = tuple([value[index] for index in chosen] for value in fresh.values)
+        gap = max(gap, compare(again, kept))
     if gap > 1.0:
         raise StateMismatchError(
             f"a sample's output depends on the other samples in its batch (by {gap:.3g} times "
@@ -367,7 +381,7 @@ def _missing(
 
 def _note_cost(folder: Path, done: Filled) -> None:
     cost = {"rows": done.computed, "seconds": done.seconds}
-    write_aside(folder / "cost.json", json.dumps(cost).encode())
+    write_aside(folder / COST, json.dumps(cost).encode())
 
 
 def _nbytes(value: torch.Tensor | list[torch.Tensor]) -> int:

@@ -21,12 +21,11 @@ from trainonce.graph.features.compute import (
     compare,
     fill,
     occupied,
-    seconds_per_row,
 )
 from trainonce.graph.features.fingerprint import Fingerprint, write_aside
 from trainonce.graph.features.items import refuse_forgotten
 from trainonce.graph.features.rows import RowTable
-from trainonce.graph.features.tables import forgotten
+from trainonce.graph.features.tables import forgotten, seconds_per_row
 from trainonce.graph.features.upkeep import make_room, note_lineage, note_table
 
 if TYPE_CHECKING:

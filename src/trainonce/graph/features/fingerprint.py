@@ -30,7 +30,7 @@ from trainonce.graph.features.graphs import GraphFacts, settings_of, trace
 from trainonce.graph.features.segments import as_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
 FORMAT = "rows-1"
@@ -195,20 +195,25 @@ class Versions:
     It sees optimizer steps, `load_state_dict` and every other in-place operator, but not
     writes through `.data` or NumPy views; so it says when to hash again soon, and hashing from
     time to time stays necessary.
+
+    Args:
+        tensors: Returns the tensors as they are now: a parameter may be another object later.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._tensors = list(tensors)
-        self._seen = self._look()
+    def __init__(self, tensors: Callable[[], Iterable[torch.Tensor]]) -> None:
+        self._tensors = tensors
+        self._look()
 
     def changed(self) -> bool:
         """Tell whether any tensor changed since the last call, or since the start."""
-        now = self._look()
-        changed, self._seen = now != self._seen, now
-        return changed
+        before = self._seen
+        self._look()
+        return self._seen != before
 
-    def _look(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+    def _look(self) -> None:
+        held = list(self._tensors())
+        self._seen = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in held]
+        self._held = held  # so that nothing else can come to lie where one of them was
 
 
 def _named(module: torch.nn.Module, name: str) -> torch.Tensor:

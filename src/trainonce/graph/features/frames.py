@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from trainonce.errors import ConfigError
 from trainonce.graph.features.fingerprint import Fingerprint, Versions, fingerprint
@@ -103,7 +103,7 @@ class FrameCache:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[bytes, tuple[bytes, Any, int]] = OrderedDict()
         self._bytes = 0
-        self._versions = Versions((*model.parameters(), *model.buffers()))
+        self._versions = Versions(lambda: (*model.parameters(), *model.buffers()))
         self._proof: Fingerprint | None = None
         self._chance = random.SystemRandom()  # audits must not be foreseeable
 
@@ -113,7 +113,7 @@ class FrameCache:
         return self._bytes
 
     def __call__(self, frame: torch.Tensor) -> Any:
-        """Return the model's output for a frame.
+        """Return the model's output for a frame; it is the caller's to change.
 
         Args:
             frame: Without a batch dimension.
@@ -130,16 +130,16 @@ class FrameCache:
         kept = self._kept.get(name)
         if kept is None:
             output = self._compute(frame)
-            self._keep(name, exact, output)
+            self._keep(name, exact, _copy(output))
             return output
         self._kept.move_to_end(name)
         if kept[0] == exact:
             self.report.hits += 1
-            return kept[1]
+            return _copy(kept[1])
         self.report.near_hits += 1
         if self._chance.random() < self.audit:
-            return self._audited(frame, name, exact, kept[1])
-        return kept[1]
+            return self._audited(frame, kept[1])
+        return _copy(kept[1])
 
     def _near(self, frame: torch.Tensor, step: float) -> bytes:
         rounded = torch.round(frame.double() / step).to(torch.int64)
@@ -170,7 +170,7 @@ class FrameCache:
             self._bytes -= freed
             self.report.evicted += 1
 
-    def _audited(self, frame: torch.Tensor, name: bytes, exact: bytes, kept: Any) -> Any:
+    def _audited(self, frame: torch.Tensor, kept: Any) -> Any:
         """Compute a near hit, compare it with what would have been served, and return it."""
         fresh = self._compute(frame)
         self.report.computed -= 1
@@ -186,6 +186,10 @@ class FrameCache:
             self._kept.clear()
             self._bytes = 0
         return fresh
+
+
+def _copy(output: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)
 
 
 def _gap(fresh: Any, kept: Any) -> float:

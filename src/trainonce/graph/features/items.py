@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import types
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from trainonce.errors import DataError, UnhashableError
-from trainonce.graph.digest import digest, digest_file
+from trainonce.graph.digest import digest, digest_file, is_settled
 from trainonce.graph.features import labels
 from trainonce.graph.features.rows import RowTable
 from trainonce.graph.features.samples import (
@@ -260,23 +258,13 @@ def _behaviour(dataset: Any) -> list[object]:
     """Return what decides how a sample is made: the class, and callables it was given."""
     parts = vars(dataset) if hasattr(dataset, "__dict__") else {}
     return [
-        _code_digest(type(dataset)),
+        type(dataset),
         *(
-            (name, _code_digest(value) if isinstance(value, types.FunctionType) else value)
+            (name, value)
             for name, value in sorted(parts.items())
             if callable(value) and name != "sample_key"
         ),
     ]
-
-
-@functools.cache
-def _code_digest(code: object) -> str:
-    """Return the digest of a class or function as this process first met it.
-
-    Looked at once, because code that counts its calls in a global or a class attribute would
-    otherwise have another digest after each of them.
-    """
-    return digest(code)
 
 
 def chosen(selection: Selection) -> object:
@@ -328,18 +316,24 @@ def file_digests(paths: Sequence[str], folder: Path) -> list[bytes]:
         folder: Where digests are kept between runs.
     """
     table = RowTable(folder / "files", "files")
-    stats: list[tuple[str, int, int, int, int]] = []
-    for path in paths:
-        stat = os.stat(path)
-        stats.append(
+    stats = [os.stat(path) for path in paths]
+    names = named_digests(
+        "stat",
+        (
             (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        )
-    names = named_digests("stat", stats)
+            for path, stat in zip(paths, stats, strict=True)
+        ),
+    )
     slots = located(table, names)
     missing = np.flatnonzero(slots < 0)
-    if len(missing):
-        found = b"".join(bytes.fromhex(digest_file(paths[i])) for i in missing.tolist())
-        values = torch.from_numpy(np.frombuffer(found, np.uint8).copy()).view(len(missing), 32)
-        table.put(Rows(names[missing], (Column("", "uint8", (32,)),), (values,)))
-        slots = located(table, names)
-    return [bytes(row.numpy()) for row in table.take(slots)[0]]
+    found = np.zeros((len(paths), 32), np.uint8)
+    for place in missing.tolist():
+        found[place] = np.frombuffer(bytes.fromhex(digest_file(paths[place])), np.uint8)
+    known = np.flatnonzero(slots >= 0)
+    if len(known):
+        found[known] = table.take(slots[known])[0]
+    settled = missing[np.array([is_settled(stats[i]) for i in missing.tolist()], np.bool_)]
+    if len(settled):
+        values = torch.from_numpy(found[settled])
+        table.put(Rows(names[settled], (Column("", "uint8", (32,)),), (values,)))
+    return [row.tobytes() for row in found]

@@ -136,7 +136,7 @@ class MemoizedModel(torch.nn.Module):
             return self.module(*unmark_all(args), **unmark_all(kwargs))
         names, origins = names_of([flat[place] for place in served.plan.inputs])
         for origin in origins:
-            served.note_origin(names, origin)
+            served.shelf.note_origin(names, origin)
         values = self._values(served, names, plain)
         return served.plan.suffix(values, tuple(plain))
 
@@ -158,7 +158,7 @@ class MemoizedModel(torch.nn.Module):
         """Commit what was computed, and report what was served."""
         for served in self._plans.values():
             if served is not None:
-                served.flush()
+                served.shelf.flush()
         hits = self.report.hits - self._sunk_hits
         self._sunk_hits = self.report.hits
         if hits:
@@ -180,7 +180,7 @@ class MemoizedModel(torch.nn.Module):
         token = self._token(plain, spec)
         served = self._plans.get(token)
         if served is not None and served.stale():
-            served.flush()
+            served.shelf.flush()
             del self._plans[token]
         if token not in self._plans:
             self._cut(token, unmark_all(args), unmark_all(kwargs), plain)
@@ -228,7 +228,7 @@ class MemoizedModel(torch.nn.Module):
         self, served: Served, names: NDArray[np.bytes_], plain: list[Any]
     ) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
-        slots = served.locate(names)
+        slots = served.shelf.locate(names)
         missing = np.flatnonzero(slots < 0)
         device = next(plain[place].device for place in served.plan.inputs)
         stored: dict[str, torch.Tensor] = {}
@@ -239,8 +239,9 @@ class MemoizedModel(torch.nn.Module):
         if not len(missing):
             return stored
         started = time.perf_counter()
-        fresh = served.compute(names, missing, plain, self._storage_dtype)
-        self.report.computed += len(missing)
+        fresh, num_computed = served.make(names, missing, plain, self._storage_dtype)
+        self.report.computed += num_computed
+        self.report.hits += len(missing) - num_computed
         self.report.compute_s += time.perf_counter() - started
         if len(missing) == len(names):
             return fresh

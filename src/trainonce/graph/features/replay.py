@@ -194,8 +194,7 @@ class ReplayValues:
             return
         self.flush()
         named = self._fingerprint()
-        state = (*self.network.parameters(), *self.network.buffers())
-        self._versions = Versions(state)
+        self._versions = Versions(lambda: (*self.network.parameters(), *self.network.buffers()))
         if named.digest == self._digest:
             return  # the same values were written again
         self._digest = named.digest

@@ -31,6 +31,7 @@ import torch
 import xxhash
 
 from trainonce.errors import StoreError
+from trainonce.graph.encoders import tensor_bytes
 from trainonce.graph.features.arena import HUGE_PAGE
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ class Header:
 
 def as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """Return a CPU tensor's elements as bytes, row-major; a view where it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    if not tensor.numel():
+        return np.empty(0, np.uint8)
+    return np.frombuffer(tensor_bytes(tensor), np.uint8)
 
 
 def row_checksum(digest: bytes, pieces: Sequence[NDArray[np.uint8]]) -> int:

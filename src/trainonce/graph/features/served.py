@@ -1,4 +1,4 @@
-"""A cut model's rows: looked up by sample, computed where missing, committed by the segment."""
+"""A cut model's rows: looked up by sample, and computed where they are missing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from trainonce.graph.features.fingerprint import Versions, weights_digest
-from trainonce.graph.features.rows import RowTable
 from trainonce.graph.features.segments import Column, Rows
-from trainonce.graph.features.upkeep import note_lineage, note_table
+from trainonce.graph.features.shelf import shelf_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
     from trainonce.graph.features.cut import Plan
 
-_ROWS_PER_SEGMENT = 4096
-
 
 class Served:
     """A plan with its rows."""
@@ -28,47 +25,51 @@ class Served:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan = plan
         self.rehash = False
-        name = plan.fingerprint.digest
-        self._table = RowTable(folder / name[:40], name)
+        self.shelf = shelf_of(folder, plan.fingerprint.digest, plan.fingerprint.parts)
         self._state = plan.fingerprint.facts.state
         self._weights = dict(plan.fingerprint.parts)["weights"]
-        self._versions = Versions(
-            getattr(plan.prefix.get_submodule(owner), leaf)
-            for owner, _, leaf in (path.rpartition(".") for path in self._state)
-        )
-        self._pending: list[Rows] = []
-        self._origins: list[tuple[NDArray[np.bytes_], NDArray[np.bytes_]]] = []
-        self._pending_names: set[bytes] = set()
+        self._versions = Versions(self._tensors)
 
-    def note_origin(self, names: NDArray[np.bytes_], origin: NDArray[np.bytes_]) -> None:
-        """Remember what rows were made from, until they are committed."""
-        self._origins.append((names, origin))
+    def _tensors(self) -> list[torch.Tensor]:
+        paths = [path.rpartition(".") for path in self._state]
+        return [getattr(self.plan.prefix.get_submodule(owner), leaf) for owner, _, leaf in paths]
 
     def stale(self) -> bool:
         """Tell whether frozen weights are no longer those that the rows were computed with."""
         if self._versions.changed() or self.rehash:
             self.rehash = False
-            return self._weights_changed()
+            return self.weights_changed()
         return False
 
-    def locate(self, names: NDArray[np.bytes_]) -> NDArray[np.int64]:
-        """Return the slots of intact rows, -1 where a row is missing."""
-        if self._pending_names and not self._pending_names.isdisjoint(names.tolist()):
-            self.flush()
-        while True:
-            slots = self._table.locate(names)
-            if not len(self._table.damaged(slots[slots >= 0])):
-                return slots
+    def weights_changed(self) -> bool:
+        """Tell whether the weights are no longer those of the prefix's digest."""
+        return weights_digest(self.plan.prefix, self._state) != self._weights
 
     def take(self, slots: NDArray[np.int64], device: torch.device) -> dict[str, torch.Tensor]:
-        """Return rows in the dtype in which the model computes them."""
-        dtypes = self.plan.suffix.stored_dtypes()
-        return {
-            column.name: torch.as_tensor(value).to(device, dtypes[column.name], non_blocking=True)
-            for column, value in zip(self._table.columns, self._table.take(slots), strict=True)
-        }
+        """Return stored rows in the dtype in which the model computes them."""
+        table = self.shelf.table
+        taken = zip(table.columns, table.take(slots), strict=True)
+        return self._as_computed({column.name: value for column, value in taken}, device)
 
-    def compute(
+    def make(
+        self,
+        names: NDArray[np.bytes_],
+        missing: NDArray[np.int64],
+        plain: list[Any],
+        storage_dtype: torch.dtype | None,
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """Return rows of a batch that are not stored, and how many had to be computed."""
+        lacking = missing[self.shelf.lacks(names[missing])]
+        fresh: dict[str, torch.Tensor] = {}
+        if len(lacking):
+            fresh = self._compute(names, lacking, plain, storage_dtype)
+        if len(lacking) < len(missing):
+            device = next(plain[place].device for place in self.plan.inputs)
+            fresh = self._as_computed(self.shelf.recent(names[missing]), device)
+        self.shelf.settle()
+        return fresh, len(lacking)
+
+    def _compute(
         self,
         names: NDArray[np.bytes_],
         missing: NDArray[np.int64],
@@ -97,39 +98,14 @@ class Served:
             Column(key, str(value.dtype).removeprefix("torch."), tuple(value.shape[1:]))
             for key, value in kept.items()
         )
-        chosen = names[missing]
-        self._pending.append(Rows(chosen, columns, tuple(v.cpu() for v in kept.values())))
-        self._pending_names.update(chosen.tolist())
-        if len(self._pending_names) >= _ROWS_PER_SEGMENT:
-            self.flush()
+        values = tuple(value.cpu() for value in kept.values())
+        self.shelf.add(self, Rows(names[missing], columns, values))
         # What the first epoch computes with is what later epochs will read.
         return {key: value.to(found[key].dtype) for key, value in kept.items()}
 
-    def flush(self) -> None:
-        """Commit pending rows as one segment.
-
-        Weights that changed meanwhile without a trace (through `.data`) may have computed some
-        of them, so they are dropped then.
-        """
-        origins, self._origins = self._origins, []
-        if not self._pending:
-            return
-        if self._weights_changed():
-            self._pending, self._pending_names = [], set()
-            return
-        names = np.concatenate([rows.digests for rows in self._pending])
-        _, first = np.unique(names, return_index=True)
-        values = tuple(
-            torch.cat([rows.values[number] for rows in self._pending])[torch.from_numpy(first)]  # type: ignore[arg-type]
-            for number in range(len(self._pending[0].columns))
-        )
-        rows = Rows(names[first], self._pending[0].columns, values)
-        self._pending, self._pending_names = [], set()
-        if origins:
-            made, parents = (np.concatenate(part) for part in zip(*origins, strict=True))
-            note_lineage(self._table.folder.parent, made, parents)
-        self._table.put(rows)
-        note_table(self._table.folder, "memoize", self.plan.fingerprint.parts)
-
-    def _weights_changed(self) -> bool:
-        return weights_digest(self.plan.prefix, self._state) != self._weights
+    def _as_computed(self, values: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+        dtypes = self.plan.suffix.stored_dtypes()
+        return {
+            name: torch.as_tensor(value).to(device, dtypes[name], non_blocking=True)
+            for name, value in values.items()
+        }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ABOUT = "about.json"
+COST = "cost.json"
 LINEAGE = "lineage"
 FORGOTTEN = "forgotten"
 SUFFIX = ".rows"
@@ -75,6 +76,15 @@ def size_of(path: Path) -> int:
         return 0
 
 
+def seconds_per_row(folder: Path) -> float:
+    """Return what a row of this table took to compute, or 0.0 where it is not known."""
+    cost = _json(folder / COST)
+    try:
+        return float(cost["seconds"]) / max(1, int(cost["rows"]))
+    except (ValueError, KeyError, TypeError):
+        return 0.0
+
+
 def note(folder: Path, name: str, parts: Iterable[tuple[str, str]]) -> bytes:
     """Return what `ABOUT` of a table holds."""
     return json.dumps({"name": name, "parts": dict(parts)}).encode()
@@ -88,7 +98,19 @@ def lineage_file(children: NDArray[np.bytes_], parents: NDArray[np.bytes_]) -> t
     pairs = np.empty(len(children), _PAIR)
     pairs["child"], pairs["parent"] = children, parents
     data = np.unique(pairs).tobytes()
-    return f"{digest_bytes(data)[:32]}.pairs", data
+    return _lineage_name(data), data
+
+
+def damaged_lineage(folder: Path) -> list[str]:
+    """Return the names of lineage files that do not hold what they were written with."""
+    return [path.name for path, data in _lineage(folder) if _lineage_name(data) != path.name]
+
+
+def settle_lineage(folder: Path, name: str) -> None:
+    """Keep what a damaged lineage file still says: its other pairs are whole."""
+    path = folder / LINEAGE / name
+    data = path.read_bytes()
+    path.rename(path.with_name(_lineage_name(data)))
 
 
 def descendants(folder: Path, digests: set[bytes]) -> set[bytes]:
@@ -118,8 +140,8 @@ def forgotten(folder: Path) -> NDArray[np.bytes_]:
 
 
 def bury(folder: Path, digests: Iterable[bytes]) -> None:
-    """Note digests as forgotten, durably."""
-    data = b"".join(sorted(name.ljust(DIGEST_BYTES, b"\0") for name in digests))
+    """Note digests as forgotten, durably; each twice, so that no single flaw loses one."""
+    data = 2 * b"".join(sorted(name.ljust(DIGEST_BYTES, b"\0") for name in digests))
     if not data:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,9 +153,17 @@ def bury(folder: Path, digests: Iterable[bytes]) -> None:
         os.close(fd)
 
 
-def _pairs(folder: Path) -> Iterator[NDArray[Any]]:
+def _lineage_name(data: bytes) -> str:
+    return f"{digest_bytes(data)[:32]}.pairs"
+
+
+def _lineage(folder: Path) -> Iterator[tuple[Path, bytes]]:
     for path in sorted((folder / LINEAGE).glob("*.pairs")):
-        data = path.read_bytes()
+        yield path, path.read_bytes()
+
+
+def _pairs(folder: Path) -> Iterator[NDArray[Any]]:
+    for _, data in _lineage(folder):
         yield np.frombuffer(data[: len(data) // _PAIR.itemsize * _PAIR.itemsize], _PAIR)
 
 
@@ -143,14 +173,14 @@ def _table(folder: Path) -> Table:
         found.size_bytes += size_of(folder / name)
         head = _head(folder / name)
         if head is not None:
-            found.subgraph = str(head["subgraph"])
-            found.num_rows += int(head["rows"])
+            found.subgraph, num_rows = head
+            found.num_rows += num_rows
     about = _json(folder / ABOUT)
     found.name = str(about.get("name", ""))
-    found.parts = {str(k): str(v) for k, v in dict(about.get("parts", {})).items()}
-    cost = _json(folder / "cost.json")
-    if cost:
-        found.seconds_per_row = float(cost["seconds"]) / max(1, int(cost["rows"]))
+    parts = about.get("parts")
+    if isinstance(parts, dict):
+        found.parts = {str(name): str(value) for name, value in parts.items()}
+    found.seconds_per_row = seconds_per_row(folder)
     try:
         found.last_used_s = (folder / ABOUT).stat().st_mtime
     except OSError:
@@ -158,13 +188,14 @@ def _table(folder: Path) -> Table:
     return found
 
 
-def _head(path: Path) -> dict[str, Any] | None:
-    """Return what a segment says about itself, unchecked; None where it cannot be read."""
+def _head(path: Path) -> tuple[str, int] | None:
+    """Return a segment's subgraph and rows, unchecked; None where it cannot be read."""
     try:
         with path.open("rb") as file:
             _, length, size, _ = _HEAD.unpack(file.read(_HEAD.size))
-            return json.loads(file.read(length)) if length <= size else None
-    except (OSError, ValueError, struct.error):
+            head = json.loads(file.read(length)) if length <= size else {}
+        return str(head["subgraph"]), int(head["rows"])
+    except (OSError, OverflowError, ValueError, KeyError, TypeError, struct.error):
         return None
 
 

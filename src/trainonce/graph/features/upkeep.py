@@ -49,6 +49,10 @@ def verify(folder: Path, *, heal: bool) -> Checked:
                 found.damaged.append(f"rows {table.folder.name[:16]}/{name}: {bad} rows")
                 if heal:
                     rows.rewrite(name, intact)
+    for name in tables.damaged_lineage(folder):
+        found.damaged.append(f"lineage {name}: what was made from what")
+        if heal:
+            tables.settle_lineage(folder, name)
     return found
 
 

@@ -213,11 +213,15 @@ def default() -> Recipe:
 
 def baseline(grid: str) -> list[Recipe]:
     """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
-    rates, batches, horizons = {
-        "small": ((1e-2,), (64,), (8, 16)),
-        "full": ((1e-2, 2e-2), (32, 64), (4, 6, 9, 12, 16, 24)),
-    }[grid]
-    return [_named("adamw", lr, batch, n) for n in horizons for batch in batches for lr in rates]
+    if grid == "small":
+        return [_named("adamw", 1e-2, 64, epochs) for epochs in (8, 16)]
+    horizons = {16: (12, 16, 24), 32: (3, 4, 5, 6, 9, 12, 16, 24), 64: (4, 6, 9, 12, 16, 24)}
+    return [
+        _named("adamw", lr, batch, epochs)
+        for batch, lengths in horizons.items()
+        for epochs in lengths
+        for lr in (1e-2, 2e-2)
+    ]
 
 
 def candidates(grid: str) -> list[Recipe]:
@@ -225,14 +229,15 @@ def candidates(grid: str) -> list[Recipe]:
     if grid == "small":
         muon = [_named("muon", 2e-2, 64, epochs) for epochs in (5, 8)]
         return [*muon, _named("adamw", 1e-2, 64, 16, infobatch=0.5)]
+    horizons = {32: (3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 16), 64: (9, 12, 14, 16)}
     muon = [
         _named("muon", lr, batch, epochs)
-        for lr in (2e-2, 4e-2)
-        for batch in (32, 64)
-        for epochs in (3, 4, 6, 9, 12, 16)
+        for batch, lengths in horizons.items()
+        for epochs in lengths
+        for lr in (2e-2, 4e-2, 8e-2)
     ]
-    pruned = [_named("adamw", 1e-2, 32, epochs, infobatch=0.5) for epochs in (9, 12, 16, 24)]
-    return [*muon, *pruned, *(_named("muon", 2e-2, 32, n, infobatch=0.5) for n in (9, 12))]
+    pruned = [_named("adamw", 1e-2, 32, epochs, infobatch=0.5) for epochs in (12, 16, 24)]
+    return [*muon, *pruned, *(_named("muon", 4e-2, 32, n, infobatch=0.5) for n in (9, 12, 16))]
 
 
 def _named(optimizer: str, lr: float, batch: int, epochs: int, infobatch: float = 0.0) -> Recipe:

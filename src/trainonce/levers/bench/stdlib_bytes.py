@@ -236,32 +236,27 @@ def default() -> Recipe:
 
 def baseline(grid: str) -> list[Recipe]:
     """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
-    rates, batches, horizons = {
-        "small": ((1e-2,), (8,), (150, 300)),
-        "full": ((5e-3, 1e-2), (4, 8), (100, 150, 225, 300)),
-    }[grid]
+    if grid == "small":
+        return [_named("adamw", 1e-2, 8, 0.0, thousands) for thousands in (150, 300)]
     return [
-        _named("adamw", lr, batch, 0.0, n) for n in horizons for batch in batches for lr in rates
+        _named("adamw", lr, batch, 0.0, thousands)
+        for thousands in (75, 100, 125, 225, 300)
+        for lr, batch in ((5e-3, 4), (1e-2, 2), (1e-2, 4), (2e-2, 4), (1e-2, 8))
     ]
 
 
 def candidates(grid: str) -> list[Recipe]:
     """Return AdamW and Muon, each with sequence-length warm-up, and Muon alone."""
-    chosen: tuple[tuple[str, float, int, float, tuple[int, ...]], ...] = {
-        "small": (("adamw", 1e-2, 8, 0.4, (200,)), ("muon", 2e-2, 8, 0.4, (75, 150))),
-        "full": (
-            ("adamw", 1e-2, 8, 0.4, (150, 225)),
-            ("muon", 2e-2, 8, 0.0, (100, 150)),
-            ("muon", 2e-2, 8, 0.4, (60, 80, 100, 150, 200)),
-            ("muon", 4e-2, 8, 0.4, (60, 80, 100, 150, 175)),
-            ("muon", 2e-2, 4, 0.4, (60, 80, 100, 150, 175, 200)),
-        ),
-    }[grid]
-    return [
-        _named(optimizer, lr, batch, ramp, n)
-        for optimizer, lr, batch, ramp, horizons in chosen
-        for n in horizons
+    if grid == "small":
+        chosen = [("adamw", 1e-2, 8, 0.4, 200), ("muon", 2e-2, 8, 0.4, 75)]
+        return [_named(*each) for each in (*chosen, ("muon", 2e-2, 8, 0.4, 150))]
+    warmed = [
+        _named("muon", lr, batch, 0.4, thousands)
+        for thousands in (50, 60, 70, 80, 125, 150, 175, 200)
+        for lr, batch in ((2e-2, 4), (4e-2, 4), (4e-2, 8), (4e-2, 2))
     ]
+    alone = [_named("muon", 4e-2, 4, 0.0, thousands) for thousands in (70, 150, 175)]
+    return [*warmed, *alone, *(_named("adamw", 1e-2, 4, 0.4, n) for n in (100, 225))]
 
 
 def _named(optimizer: str, lr: float, batch: int, ramp: float, thousands: int) -> Recipe:

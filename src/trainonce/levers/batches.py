@@ -45,6 +45,15 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the parts of a model in order of registration, lists of layers taken apart."""
+    found: list[torch.nn.Module] = []
+    for child in unwrapped(model).children():
+        inside = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
+        found += list(child.children()) if inside else [child]
+    return [block for block in found if next(block.parameters(), None) is not None]
+
+
 def num_samples(batch: Any) -> int:
     """Return the length of dim 0 of the batch's first tensor.
 

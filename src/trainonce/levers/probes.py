@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainonce.errors import ConfigError, ProbeError
-from trainonce.levers.batches import call_model, num_samples, to_device
+from trainonce.levers.batches import blocks_of, call_model, num_samples, to_device
 from trainonce.levers.fingerprint import is_per_sample, kept
 from trainonce.levers.flops import count_flops
 from trainonce.levers.memory import Accumulation, BatchSize, find_batch_size
 from trainonce.levers.optimizer import muon_adamw
 from trainonce.levers.precision import Precision, PrecisionChoice
 from trainonce.levers.probe import Choice, rate_probe
+from trainonce.levers.recompute import Recomputing, recompute_all
 from trainonce.levers.schedule import Schedule
 from trainonce.levers.sequence import SequenceWarmup
 from trainonce.worker.seeds import derive_seed, seed_generators
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Any, Any], torch.Tensor]
 
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 256
+_LEAST_GAIN = 0.1
 
 
 class Prober:
@@ -63,6 +65,7 @@ class Prober:
         self.batch_size = batch_size
         self.micro_batch = batch_size
         self.precision = Precision("tf32", device=device)
+        self._recomputing: Recomputing | None = None
         self.num_steps = 0
         self.step_s = 0.0
         self._held_out = eval_data or data
@@ -97,9 +100,33 @@ class Prober:
     def find_micro_batch(self) -> BatchSize:
         """Find how many samples fit at once, up to the batch of one rank.
 
+        Where not even one does, activations are recomputed from here on, until `close`.
+
         Raises:
-            ConfigError: Not even one does.
+            ConfigError: Not even one does then.
         """
+        try:
+            found = self._largest()
+        except ConfigError:
+            blocks = blocks_of(self.model)
+            if not blocks:
+                raise
+            self._recomputing = recompute_all(blocks)
+            found = self._largest()
+        self.micro_batch = found.micro_batch
+        return found
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether not even one sample fits with its activations kept."""
+        return self._recomputing is not None
+
+    def close(self) -> None:
+        """Put the model's blocks back as they were."""
+        if self._recomputing is not None:
+            self._recomputing.remove()
+
+    def _largest(self) -> BatchSize:
 
         def trial(size: int) -> None:
             indices = (self._train_indices * (size // len(self._train_indices) + 1))[:size]
@@ -108,7 +135,7 @@ class Prober:
             optimizer.step()
 
         with kept(self.model):
-            found = find_batch_size(
+            return find_batch_size(
                 trial,
                 maximum=self.batch_size,
                 start=self.batch_size,
@@ -116,8 +143,6 @@ class Prober:
                 device=self.device,
                 agree=False,
             )
-        self.micro_batch = found.micro_batch
-        return found
 
     def choose_precision(self, wanted: Precision) -> PrecisionChoice:
         """Time the step in each mode, if `wanted` is undecided; use the result from here on."""
@@ -145,6 +170,8 @@ class Prober:
     def find_rate(self, start: float, muon: bool, steps: int, max_runs: int) -> Choice:
         """Walk over rates by runs of so many steps, each with a finished schedule.
 
+        Runs this short show noise as well, so `start` is left only for a clear gain.
+
         Raises:
             ProbeError: The loss was not finite at any rate.
         """
@@ -154,6 +181,7 @@ class Prober:
                 start,
                 factor=2.5,
                 max_runs=max_runs,
+                least_gain=_LEAST_GAIN,
             )
         except ConfigError as error:
             raise ProbeError(error.message, hint=error.hint) from error

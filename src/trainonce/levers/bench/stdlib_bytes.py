@@ -48,6 +48,7 @@ class BytesRecipe:
         sequence_warmup: Share of the run with shorter sequences; 0 for none.
         subset: Share of the training bytes, drawn at random in pieces.
         batch: Sequences of an update.
+        ns_steps: Newton-Schulz steps of Muon.
     """
 
     optimizer: str = "adam"
@@ -57,6 +58,7 @@ class BytesRecipe:
     sequence_warmup: float = 0.0
     subset: float = 1.0
     batch: int = 16
+    ns_steps: int = 5
 
 
 class Block(nn.Module):
@@ -173,7 +175,13 @@ class StdlibBytes:
 
     def _train_model(self, model: BytesNet, how: BytesRecipe, seed: int, meter: UsageMeter) -> None:
         decay = 0.0 if how.optimizer == "adam" else 0.1
-        optimizer = muon_adamw(model, how.lr, enabled=how.optimizer == "muon", weight_decay=decay)
+        optimizer = muon_adamw(
+            model,
+            how.lr,
+            enabled=how.optimizer == "muon",
+            weight_decay=decay,
+            ns_steps=how.ns_steps,
+        )
         total = max(how.tokens // (how.batch * self._context), 1)
         schedule = Schedule(optimizer, total, enabled=how.schedule)
         warmup = SequenceWarmup(
@@ -256,13 +264,26 @@ def candidates(grid: str) -> list[Recipe]:
         for lr, batch in ((2e-2, 4), (4e-2, 4), (4e-2, 8), (4e-2, 2))
     ]
     alone = [_named("muon", 4e-2, 4, 0.0, thousands) for thousands in (70, 150, 175)]
-    return [*warmed, *alone, *(_named("adamw", 1e-2, 4, 0.4, n) for n in (100, 225))]
+    fewer_steps = [
+        _named("muon", lr, batch, 0.4, thousands, ns_steps=3)
+        for lr, batch, horizons in (
+            (2e-2, 4, (40, 50, 60, 165, 175, 185)),
+            (4e-2, 8, (50, 60, 180, 190, 200)),
+        )
+        for thousands in horizons
+    ]
+    by_adamw = [_named("adamw", 1e-2, 4, 0.4, thousands) for thousands in (100, 225)]
+    return [*warmed, *alone, *by_adamw, *fewer_steps]
 
 
-def _named(optimizer: str, lr: float, batch: int, ramp: float, thousands: int) -> Recipe:
+def _named(
+    optimizer: str, lr: float, batch: int, ramp: float, thousands: int, ns_steps: int = 5
+) -> Recipe:
+    name = optimizer if ns_steps == 5 else f"{optimizer} ({ns_steps} steps)"
     warmup = " + sequence warm-up" if ramp else ""
     return _recipe(
-        f"{optimizer} {lr:g}, batch {batch}{warmup}, {thousands}k tokens",
+        f"{name} {lr:g}, batch {batch}{warmup}, {thousands}k tokens",
+        ns_steps=ns_steps,
         optimizer=optimizer,
         lr=lr,
         batch=batch,

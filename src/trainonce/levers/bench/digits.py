@@ -42,6 +42,7 @@ class DigitsRecipe:
         infobatch: Probability of leaving an easy sample out; 0 for none.
         subset: Share of the training data, drawn at random.
         batch: Samples of an update.
+        ns_steps: Newton-Schulz steps of Muon.
     """
 
     optimizer: str = "adam"
@@ -51,6 +52,7 @@ class DigitsRecipe:
     infobatch: float = 0.0
     subset: float = 1.0
     batch: int = 64
+    ns_steps: int = 5
 
 
 class DigitsNet(nn.Module):
@@ -142,7 +144,12 @@ class Digits:
         images, labels = self._part(how.subset, seed)
         decay = 0.0 if how.optimizer == "adam" else 0.05
         optimizer = muon_adamw(
-            model, how.lr, enabled=how.optimizer == "muon", weight_decay=decay, betas=(0.9, 0.999)
+            model,
+            how.lr,
+            enabled=how.optimizer == "muon",
+            weight_decay=decay,
+            betas=(0.9, 0.999),
+            ns_steps=how.ns_steps,
         )
         steps_per_epoch = max(len(labels) // how.batch, 1)
         total = max(round(how.epochs * steps_per_epoch), 1)
@@ -236,14 +243,29 @@ def candidates(grid: str) -> list[Recipe]:
         for epochs in lengths
         for lr in (2e-2, 4e-2, 8e-2)
     ]
+    fewer_steps = [
+        _named("muon", lr, batch, epochs, ns_steps=2)
+        for lr, batch in ((1e-2, 16), (2e-2, 16), (4e-2, 16), (2e-2, 32), (4e-2, 32))
+        for epochs in (3, 10, 12, 14, 16)
+    ]
     pruned = [_named("adamw", 1e-2, 32, epochs, infobatch=0.5) for epochs in (12, 16, 24)]
-    return [*muon, *pruned, *(_named("muon", 4e-2, 32, n, infobatch=0.5) for n in (9, 12, 16))]
+    both = [_named("muon", 4e-2, 32, n, infobatch=0.5) for n in (9, 12, 16)]
+    return [*muon, *fewer_steps, *pruned, *both]
 
 
-def _named(optimizer: str, lr: float, batch: int, epochs: int, infobatch: float = 0.0) -> Recipe:
+def _named(
+    optimizer: str,
+    lr: float,
+    batch: int,
+    epochs: int,
+    infobatch: float = 0.0,
+    ns_steps: int = 5,
+) -> Recipe:
+    name = optimizer if ns_steps == 5 else f"{optimizer} ({ns_steps} steps)"
     pruned = " + infobatch" if infobatch else ""
     return _recipe(
-        f"{optimizer} {lr:g}{pruned}, batch {batch}, {epochs} epochs",
+        f"{name} {lr:g}{pruned}, batch {batch}, {epochs} epochs",
+        ns_steps=ns_steps,
         optimizer=optimizer,
         lr=lr,
         batch=batch,

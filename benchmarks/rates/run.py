@@ -1,6 +1,6 @@
 """Measure how good the learning rates are that plans choose; see README.md.
 
-    python benchmarks/rates/run.py [--tasks tuning|reporting] [--seeds 3] [--out FILE]
+    python benchmarks/rates/run.py [--tasks tuning|reporting] [--seeds 3] [--out FILE] [--journal F]
     python benchmarks/rates/run.py --show FILE...
 
 For each task and seed a ladder of rates is trained to the full length. The rate of a plan, and
@@ -111,6 +111,7 @@ def main():
     parser.add_argument("--tasks", choices=["tuning", "reporting"], default="reporting")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--journal", type=Path, help="keep finished rows there, and go on from it")
     parser.add_argument("--show", type=Path, nargs="+")
     args = parser.parse_args()
     if args.show:
@@ -119,10 +120,17 @@ def main():
         return
     torch.set_num_threads(1)
     chosen = {"tuning": tasks.TUNING, "reporting": tasks.REPORTING}[args.tasks]
-    rows = []
+    lines = args.journal.read_text().splitlines() if args.journal and args.journal.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(row["task"], row["seed"]) for row in rows}
     for task in chosen:
         for seed in range(args.seeds):
+            if (task.__name__, seed) in done:
+                continue
             rows.append(measure(task, seed))
+            if args.journal:
+                with args.journal.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1]["task"], seed, rows[-1]["chosen"], file=sys.stderr, flush=True)
     record = {
         "tasks": args.tasks,

@@ -142,6 +142,11 @@ def as_data(source: Any) -> Data:
             num_workers=source.num_workers,
         )
     elif isinstance(source, tuple) and all(isinstance(each, torch.Tensor) for each in source):
+        if len(lengths := {len(each) if each.ndim else 0 for each in source}) > 1:
+            raise DataError(
+                f"tensors of {sorted(lengths)} samples do not make one dataset",
+                hint="give tensors with as many samples each, in dim 0",
+            )
         found = Data(dataset=TensorDataset(*source))
     else:
         found = Data(dataset=_map_style(source))

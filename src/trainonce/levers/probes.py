@@ -72,18 +72,23 @@ class Prober:
         held_out = guard_indices(len(data), len(eval_data) if eval_data else None, seed)
         self._held_out_indices = held_out
         left = set[int]() if eval_data else set(held_out)
-        self._train_indices = [index for index in range(len(data)) if index not in left]
+        # A dataset of one sample is both.
+        self._train_indices = [i for i in range(len(data)) if i not in left] or held_out
 
     # ------------------------------------------------------------------ what is measured
 
     def check_finite(self) -> None:
-        """Raise unless the untrained model has a finite loss.
+        """Raise unless the untrained model has a finite loss, on samples of both kinds.
 
         Raises:
             ProbeError: It is NaN or infinite.
         """
-        with kept(self.model):
+        with kept(self.model), torch.no_grad():
             found = self.held_out_loss()
+            if math.isfinite(found):
+                self.model.train()
+                batch = self._batch(self._train_indices[: self.micro_batch])
+                found = float(self._mean_loss(batch))
         if not math.isfinite(found):
             raise ProbeError(
                 f"the loss is {found:g} before any training",
@@ -250,7 +255,13 @@ class Prober:
     def _mean_loss(self, batch: Any, precision: Precision | None = None) -> torch.Tensor:
         with (precision or self.precision).autocast():
             out = call_model(self.model, batch)
-            return self._loss(out, batch).float().mean()
+            loss = self._loss(out, batch).float().mean()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ConfigError(
+                "the loss does not depend on what is trained",
+                hint="loss(out, batch) must be computed from out, without detach() or no_grad()",
+            )
+        return loss
 
     def _batch(self, indices: list[int]) -> Any:
         return to_device(self._data.batch(indices), self.device)
@@ -280,7 +291,7 @@ def mean_loss(
         batch = to_device(data.batch(indices[start : start + batch_size]), device)
         samples = num_samples(batch)
         values = loss(call_model(model, batch), batch)
-        is_per_sample(values.float(), samples)
+        is_per_sample(values.float() if isinstance(values, torch.Tensor) else values, samples)
         total += float(values.double().mean()) * samples
         count += samples
     return total / max(count, 1)

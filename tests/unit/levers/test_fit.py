@@ -429,6 +429,14 @@ def ignore(name):
     return setattr_
 
 
+def test_what_the_plan_has_on_and_nothing_can_serve_is_refused(made, tmp_path):
+    with pytest.raises(ConfigError, match="no data to evaluate on") as caught:
+        fit(tmp_path, made, eval=None)
+    assert caught.value.hint
+    with pytest.raises(ConfigError, match="returned float"):
+        fit(tmp_path, made, metric=lambda _out, _batch: 3.0)
+
+
 @pytest.mark.parametrize("settings", [{}, {"share": 0.9}, {"share": 1.0}])
 def test_recomputed_activations_change_no_bit_and_leave_the_model_as_it_was(
     made, tmp_path, settings

@@ -261,11 +261,35 @@ def test_a_precision_for_the_whole_cluster_is_taken(monkeypatch):
     assert made.settings("precision")["mode"] == "bf16"
 
 
-def nan_at(value):
-    def loss(out, batch):
-        return square(out, batch) + (torch.nan if out.std() > value else 0.0)
+def nan_in_first_rows():
+    x, y = points()
+    x[:3] = math.nan
+    return x, y
 
-    return loss
+
+def test_a_model_with_nothing_to_train_is_refused():
+    for model in (net().requires_grad_(False), nn.GELU()):
+        with pytest.raises(ConfigError, match="no parameter that is trained") as caught:
+            trainonce.plan(model, points(), square)
+        assert caught.value.hint
+
+
+def test_a_loss_that_is_nan_at_every_rate_is_an_error_of_the_probe():
+    def loss(out, batch):  # finite until the first update
+        return square(out, batch) + (math.nan if moved(out, batch) else 0.0)
+
+    def moved(out, batch):
+        with torch.no_grad():
+            return len(out) == len(batch[0]) and not torch.allclose(out, start(batch[0]))
+
+    start, model = net(), net()
+    with pytest.raises(ProbeError, match="diverged at every rate") as caught:
+        trainonce.plan(model, points(), loss, steps=500)
+    assert caught.value.hint
+
+
+def test_one_sample_is_a_dataset():
+    assert trainonce.plan(net(), points(1), square, steps=3).run.batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -274,6 +298,11 @@ def nan_at(value):
         ({"loss": lambda out, batch: (out - batch[1]).square()}, ConfigError, r"shape \[4, 1\]"),
         ({"loss": lambda out, batch: 3.0}, ConfigError, "returned float"),
         ({"loss": lambda out, batch: square(out, batch) * math.nan}, ProbeError, "before any"),
+        ({"loss": lambda out, batch: square(out, batch).detach()}, ConfigError, "depend on what"),
+        ({"train": (points()[0], points(5)[1])}, DataError, r"\[5, 200\] samples"),
+        ({"train": ["a", "b"]}, ConfigError, "no tensor"),
+        ({"train": nan_in_first_rows(), "eval": points(40)}, ProbeError, "before any"),
+        ({"steps": "3"}, ConfigError, "no numbers"),
         ({"train": []}, DataError, "empty"),
         ({"train": iter([1])}, DataError, "map-style|__len__"),
         ({"steps": 3, "epochs": 2}, ConfigError, "both given"),

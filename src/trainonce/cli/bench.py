@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         action="append",
         metavar="NAME",
-        help="digits, bytes or finetune; again for more (all)",
+        help="digits, bytes, finetune, cartpole or acrobot; again for more (all)",
     )
     parser.add_argument("--grid", default="full", help="recipes to choose from: small or full")
     parser.add_argument("--size", default="medium", help="of the model: small, medium or large")

@@ -24,13 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="two batches on the CPU first; start only if they work"
     )
+    parser.add_argument(
+        "--smoke-epoch", action="store_true", help="the whole first epoch on the CPU first"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the job and return its exit code."""
     chosen = options.from_args(args)
-    if args.smoke:
-        _smoke(chosen)
+    if args.smoke or args.smoke_epoch:
+        _smoke(chosen, epoch=args.smoke_epoch)
     with contextlib.closing(Ledger.open()) as ledger:
         crossed: list[BudgetCrossed] = []
         if chosen.job and chosen.economics.budgets:
@@ -41,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
         return launch.run_job(chosen, ledger, crossed=crossed)
 
 
-def _smoke(chosen: RunOptions) -> None:
-    """Run two batches of the script on the CPU, in a process of its own.
+def _smoke(chosen: RunOptions, *, epoch: bool) -> None:
+    """Run two batches of the script on the CPU, or an epoch, in a process of its own.
 
     Raises:
         SmokeTestError: They do not work; nothing was started.
@@ -54,7 +57,8 @@ def _smoke(chosen: RunOptions) -> None:
             "--smoke takes a script, and neither a module nor a program",
             hint="leave --smoke out, or name the script's file",
         )
-    found = smoke_test(chosen.script, chosen.script_args)
+    limit_s = None if epoch else 600.0
+    found = smoke_test(chosen.script, chosen.script_args, epoch=epoch, timeout_s=limit_s)
     print(
         f"trainonce: smoke test passed: {found.num_steps} updates,"
         f" inputs {json.dumps(found.inputs[-1:])}, {found.num_parameters:,} parameters,"

@@ -45,6 +45,15 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the parts of a model in order of registration, lists of layers taken apart."""
+    found: list[torch.nn.Module] = []
+    for child in unwrapped(model).children():
+        inside = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
+        found += list(child.children()) if inside else [child]
+    return [block for block in found if next(block.parameters(), None) is not None]
+
+
 def num_samples(batch: Any) -> int:
     """Return the length of dim 0 of the batch's first tensor.
 
@@ -133,6 +142,11 @@ def as_data(source: Any) -> Data:
             num_workers=source.num_workers,
         )
     elif isinstance(source, tuple) and all(isinstance(each, torch.Tensor) for each in source):
+        if len(lengths := {len(each) if each.ndim else 0 for each in source}) > 1:
+            raise DataError(
+                f"tensors of {sorted(lengths)} samples do not make one dataset",
+                hint="give tensors with as many samples each, in dim 0",
+            )
         found = Data(dataset=TensorDataset(*source))
     else:
         found = Data(dataset=_map_style(source))

@@ -72,11 +72,16 @@ def take_fingerprint(
     The model, its buffers and the generators are left as they were.
 
     Raises:
-        ConfigError: There is no such task, or the loss function returns neither a scalar nor
-            one value a sample.
+        ConfigError: There is no such task, nothing to train, no tensor in a batch, or the loss
+            function returns neither a scalar nor one value a sample.
     """
     if task is not None and task not in TASKS:
         raise ConfigError(f"there is no task {task!r}", hint="one of " + ", ".join(TASKS))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            "the model has no parameter that is trained",
+            hint="call requires_grad_() on those that should be",
+        )
     batch, out, per_sample = _look(model, data, loss, device)
     tokens = _tokens(batch)
     with kept(model), torch.no_grad():
@@ -112,6 +117,7 @@ def _look(
     """Return a small batch, the model's output for it, and whether the loss is per sample."""
     for samples in (min(_LOOK_SAMPLES, len(data)), 1):
         batch = to_device(data.batch(range(samples)), device)
+        num_samples(batch)
         try:
             with kept(model), torch.no_grad():
                 out = call_model(model, batch)

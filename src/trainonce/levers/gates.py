@@ -33,6 +33,7 @@ class Facts:
         fixed_steps: The caller gave the number of updates, and not of epochs.
         has_eval: There are data to evaluate on.
         cut_works: The model and the loss accept shorter sequences, or why not.
+        recomputes: Not even one sample fits with its activations kept.
     """
 
     fingerprint: Fingerprint
@@ -47,6 +48,7 @@ class Facts:
     fixed_steps: bool
     has_eval: bool
     cut_works: str
+    recomputes: bool
 
 
 def decide(facts: Facts) -> dict[str, LeverPlan]:
@@ -56,6 +58,7 @@ def decide(facts: Facts) -> dict[str, LeverPlan]:
         "batch-size": _batch_size(facts),
         "rate-probe": _rate(facts),
         "horizon": (False, "one run: the ladder of lengths would cost more than it saves", {}),
+        "recompute": _recompute(facts),
         "precision": _precision(facts),
         "optimizer": _optimizer(facts),
         "schedule": (True, f"the length is known: {facts.steps} updates", {"warmup": 0.1}),
@@ -105,6 +108,14 @@ def _batch_size(facts: Facts) -> Decision:
     if facts.micro_batch < facts.rank_batch:
         return True, f"accumulates gradients, as {facts.micro_reason}", settings
     return True, f"the whole batch fits: {facts.micro_reason}", settings
+
+
+def _recompute(facts: Facts) -> Decision:
+    if facts.recomputes:
+        return True, "not even one sample fits with its activations kept", {}
+    if facts.micro_batch < facts.rank_batch:
+        return False, "the batch fits in parts, and accumulation computes nothing twice", {}
+    return False, "it saves memory, not FLOPs, and the batch fits", {}
 
 
 def _rate(facts: Facts) -> Decision:
@@ -178,12 +189,10 @@ def _early_stop(facts: Facts) -> Decision:
 
 
 def _asked_for(name: str) -> Decision:
-    why = _ONLY_ASKED_FOR.get(name, "only where asked for")
-    return False, f"{why}; fit does not drive it: see docs/levers.md to use it in a loop", {}
+    return False, f"{_ONLY_ASKED_FOR.get(name, 'nobody asked for it')}; only where asked for", {}
 
 
 _ONLY_ASKED_FOR = {
-    "recompute": "it saves memory, not FLOPs",
     "quantized": "it changes the numbers, and needs torchao and hardware for it",
     "noise-scale": "it saves updates, not FLOPs: for more devices than the batch keeps busy",
 }

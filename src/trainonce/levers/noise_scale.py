@@ -116,16 +116,18 @@ class NoiseScale(Lever):
 
     def end_step(self, step: int) -> None:
         """Compare the gradient with that of the update before, and decide every so often."""
+        del step
         if not self.enabled:
             return
-        present = self._sample()
-        if self._last.numel() == present.numel() > 0:
-            weight = self._smoothing if self._count else 0.0
-            self._square += (1 - weight) * (float(present @ present) - self._square)
-            self._product += (1 - weight) * (float(present @ self._last) - self._product)
-            self._count += 1
+        present, last = self._sample(), self._last
         self._last = present
-        if (step + 1) % self._every == 0 and self.num_batches < self._most:
+        if not last.numel() == present.numel() > 0:
+            return
+        weight = self._smoothing if self._count else 0.0
+        self._square += (1 - weight) * (float(present @ present) - self._square)
+        self._product += (1 - weight) * (float(present @ last) - self._product)
+        self._count += 1
+        if self._count % self._every == 0 and self.num_batches < self._most:
             if self.noise_scale > self._batch_size * self.num_batches:
                 self.num_batches *= 2
                 self._count, self._last = 0, torch.zeros(0)  # other noise from here on

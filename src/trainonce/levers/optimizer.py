@@ -78,7 +78,8 @@ class MuonAdamW(torch.optim.Optimizer):
     taken as they are, so under DDP all ranks do the same.
 
     Args:
-        params: Groups; `muon` (False), `momentum` (0.95) and `ns_dtype` beside AdamW's keys.
+        params: Groups; `muon` (False), `momentum` (0.95), `ns_steps` (5) and `ns_dtype` beside
+            AdamW's keys.
             `ns_dtype` is the dtype of the orthogonalisation; None takes bfloat16 on CUDA, as
             torch's own Muon does, and the parameter's dtype elsewhere.
         lr: Rate of groups that name none.
@@ -110,6 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "muon": False,
             "momentum": 0.95,
             "ns_dtype": None,
+            "ns_steps": _STEPS,
         }
         super().__init__(params, defaults)
         self.reason = "as given"
@@ -145,7 +147,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(grad)
         state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov
-        direction = orthogonalise(update.flatten(1), group["ns_dtype"])
+        direction = orthogonalise(update.flatten(1), group["ns_dtype"], steps=group["ns_steps"])
         scale = 0.2 * math.sqrt(max(direction.shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(direction.view_as(parameter), alpha=float(-group["lr"] * scale))
@@ -175,15 +177,18 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def orthogonalise(
+    matrix: torch.Tensor, dtype: torch.dtype | None = None, *, steps: int = _STEPS
+) -> torch.Tensor:
     """Return a matrix with `matrix`'s singular vectors and singular values near 1.
 
-    Five Newton-Schulz steps with the coefficients of Jordan et al. (2024): singular values
-    come to lie between about 0.7 and 1.2.
+    Newton-Schulz steps with the coefficients of Jordan et al. (2024): after five, singular
+    values come to lie between about 0.7 and 1.2; after fewer, small ones stay smaller.
 
     Args:
         matrix: Shape (rows, columns), not changed.
         dtype: To compute in; see `MuonAdamW`.
+        steps: Of Newton-Schulz.
 
     Returns:
         The same shape, in the dtype of `matrix`.
@@ -193,21 +198,21 @@ def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype | None = None) -> tor
     tall = matrix.size(0) > matrix.size(1)
     x = (matrix.T if tall else matrix).to(dtype)
     x = x / x.norm().clamp(min=_EPS)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return (x.T if tall else x).to(matrix.dtype)
 
 
-def muon_flops(parameters: Iterable[torch.Tensor]) -> int:
+def muon_flops(parameters: Iterable[torch.Tensor], steps: int = _STEPS) -> int:
     """Return the FLOPs that one Muon update of `parameters` adds.
 
-    5·(4n²m + 2n³) for a weight flattened to n × m with n ≤ m.
+    steps·(4n²m + 2n³) for a weight flattened to n × m with n ≤ m.
     """
     total = 0
     for parameter in parameters:
         n, m = sorted((parameter.shape[0], parameter.numel() // parameter.shape[0]))
-        total += _STEPS * (4 * n * n * m + 2 * n**3)
+        total += steps * (4 * n * n * m + 2 * n**3)
     return total
 
 
@@ -232,6 +237,7 @@ def muon_adamw(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
     exclude: Iterable[str] = (),
+    ns_steps: int = _STEPS,
     enabled: bool = True,
 ) -> MuonAdamW:
     """Return Muon for the model's hidden matrices with AdamW for the rest, if that pays.
@@ -248,6 +254,8 @@ def muon_adamw(
         weight_decay: Decoupled, of matrices.
         betas: Of AdamW.
         exclude: Parts of names that AdamW gets in any case.
+        ns_steps: Newton-Schulz steps of Muon. Fewer cost less, which counts where batches are
+            small.
         enabled: False gives AdamW everything.
 
     Returns:
@@ -261,7 +269,7 @@ def muon_adamw(
     elif not hidden:
         reason = "off: the model has no hidden matrices"
     elif step_flops is not None:
-        share = muon_flops(hidden) / step_flops
+        share = muon_flops(hidden, ns_steps) / step_flops
         use_muon = share < max_overhead
         reason = f"{'on' if use_muon else 'off'}: it adds {share:.1%}, limit {max_overhead:.0%}"
     matrices = [p for _, p in split.rest if p.ndim >= 2]
@@ -271,6 +279,8 @@ def muon_adamw(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    for group in groups:
+        group["ns_steps"] = ns_steps
     optimizer = MuonAdamW([g for g in groups if g["params"]], lr, betas=betas)
     optimizer.reason = reason
     return optimizer

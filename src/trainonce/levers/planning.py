@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from trainonce.levers.gates import MIN_SEQUENCE, shortest_sequence
 from trainonce.levers.optimizer import MAX_OVERHEAD, muon_flops, split_parameters
 from trainonce.levers.plan_file import Plan, ProbeRecord, RunPlan
 from trainonce.levers.precision import Precision
+from trainonce.levers.probe import expected_rate
 from trainonce.levers.probes import Prober
 
 if TYPE_CHECKING:
@@ -32,10 +34,9 @@ if TYPE_CHECKING:
 
 # Share of the run's updates that probes may make, and the fewest that tell anything.
 _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 0.2, 10, 200
-_RATE_EXPONENT = 0.32
-_RATE_RUNS, _OFF_ARM_SEEDS = 5, 3
+_RATE_RUNS, _OFF_ARM_SEEDS = 4, 3
+_EXPECTED = "to be expected of the model's width and the run's length"
 _BATCH_SIZE, _LEAST_UPDATES = 32, 16
-_UNPROBED_LR = {True: 1e-4, False: 1e-3}
 
 
 def plan(
@@ -94,32 +95,34 @@ def plan(
         plain, data, eval_data, loss,
         device=device, batch_size=batch_size // world_size, seed=seed,
     )  # fmt: skip
-    found = _Findings(prober, fingerprint, progress)
-    found.measure_step(own_optimizer=optimizer is not None)
-    if budget is not None:
-        length = _within(budget, length, prober.time_step(), world_size)
-    facts = gates.Facts(
-        fingerprint=fingerprint,
-        epochs=length.steps * batch_size / len(data),
-        steps=length.steps,
-        rank_batch=prober.batch_size,
-        micro_batch=prober.micro_batch,
-        micro_reason=found.micro_reason,
-        precision=found.precision,
-        muon=found.muon,
-        lr=None,
-        fixed_steps=steps is not None,
-        has_eval=eval_data is not None,
-        cut_works=found.cut_works,
-    )
-    length = _pruned(length, gates.decide(facts))
-    if optimizer is None:
-        found.measure_training(length.steps)
-    else:
-        found.notes.append(
-            "no off-arm: the caller's optimizer is not tried out, so the guard only watches for "
-            "losses that are not finite"
+    with contextlib.closing(prober):
+        found = _Findings(prober, fingerprint, progress)
+        found.measure_step(own_optimizer=optimizer is not None)
+        if budget is not None:
+            length = _within(budget, length, prober.time_step(), world_size)
+        facts = gates.Facts(
+            fingerprint=fingerprint,
+            epochs=length.steps * batch_size / len(data),
+            steps=length.steps,
+            rank_batch=prober.batch_size,
+            micro_batch=prober.micro_batch,
+            micro_reason=found.micro_reason,
+            precision=found.precision,
+            muon=found.muon,
+            lr=None,
+            fixed_steps=steps is not None,
+            has_eval=eval_data is not None,
+            cut_works=found.cut_works,
+            recomputes=prober.recomputes,
         )
+        length = _pruned(length, gates.decide(facts))
+        if optimizer is None:
+            found.measure_training(length.steps)
+        else:
+            found.notes.append(
+                "no off-arm: the caller's optimizer is not tried out, so the guard only watches "
+                "for losses that are not finite"
+            )
     made = Plan(
         fingerprint=fingerprint,
         run=RunPlan(
@@ -184,25 +187,29 @@ class _Findings:
         assert self.muon is not None
         runs = _RATE_RUNS + _OFF_ARM_SEEDS
         each = min(int(_PROBE_SHARE * steps / runs), _PROBE_MOST)
-        start = _UNPROBED_LR[self._fingerprint.pretrained]
+        pretrained = self._fingerprint.pretrained
+        start = expected_rate(self._prober.model, steps, pretrained=pretrained)
         if each < _PROBE_LEAST:
             least = math.ceil(_PROBE_LEAST * runs / _PROBE_SHARE)
             why = f"not probed: {steps} updates are too few, it takes {least}"
-            self.lr = (start * (5 if self.muon[0] else 1), why)
+            self.lr = (start, f"{_EXPECTED}; {why}")
             self.notes.append(f"no off-arm: {why}")
             return
-        self._find_rate(4 * start, each, steps)
+        self._find_rate(start, each)
         self._find_off_arm(each, steps)
 
-    def _find_rate(self, start: float, each: int, steps: int) -> None:
+    def _find_rate(self, start: float, each: int) -> None:
         assert self.muon is not None
         self._progress(f"rate: up to {_RATE_RUNS} runs of {each} updates")
         found = self._prober.find_rate(start, self.muon[0], each, _RATE_RUNS)
-        # The best rate falls with the length of a run, about as its -0.32th power (Bjorck et
-        # al., Scaling Optimal LR Across Token Horizons, ICLR 2025).
-        share = (each / steps) ** _RATE_EXPONENT
-        rate = float(f"{found.value * share:.3g}")
-        self.lr = (rate, f"{found.reason}, of {each} updates each; times {share:.2f} for {steps}")
+        why = f"{found.reason}, of {each} updates each"
+        if found.value != start:
+            # Runs this short prefer rates that are too high for some models and too low for
+            # others; half-way did best in benchmarks/rates.
+            why = f"half-way, in the logarithm, from the {start:g} {_EXPECTED} to what {why}"
+        else:
+            why = f"{_EXPECTED}; {why}"
+        self.lr = (float(f"{math.sqrt(start * found.value):.3g}"), why)
         self.tried_lr = {f"{rate:.4g}": loss for rate, loss in found.tried.items()}
 
     def _find_off_arm(self, each: int, steps: int) -> None:
@@ -256,6 +263,8 @@ def _length(
 ) -> _Length:
     if steps is not None and epochs is not None:
         raise ConfigError("steps and epochs were both given", hint="give one of them")
+    if isinstance(steps, str) or isinstance(epochs, str):
+        raise ConfigError(f"{steps=} and {epochs=} are no numbers", hint="steps=100, not '100'")
     why = "the length is the caller's"
     if steps is None and epochs is None:
         epochs = 1 if fingerprint.task == "language-model" else 3 if fingerprint.pretrained else 10

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from trainonce.errors import ConfigError
 from trainonce.levers.base import LeverInfo, describes
 
@@ -30,13 +32,41 @@ class Choice:
     tried: dict[float, float]
 
 
+# Rate times width in a run of 500 updates, the largest rate to expect, and the share of it for
+# models that were trained before. The first was fitted to the tuning tasks of benchmarks/rates.
+_RATE_OF_ONE_INPUT, _UPDATES, _MOST, _PRETRAINED = 1.28, 500, 0.05, 0.1
+_LENGTH_EXPONENT = 0.32
+
+
+def expected_rate(model: torch.nn.Module, steps: int, *, pretrained: bool = False) -> float:
+    """Return the peak rate of AdamW (or `muon_adamw`) to expect of a model in a run of `steps`.
+
+    Inversely as the width: a matrix with more inputs changes its output more at the same rate
+    (Yang et al., Tensor Programs V, 2022). The width is the mean number of inputs, or of input
+    channels, over the elements of all trained matrices but embeddings. And lower for a longer
+    run, by its 0.32th power (Bjorck et al., Scaling Optimal LR Across Token Horizons, ICLR 2025).
+    """
+    embedded = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+    }
+    matrices = [
+        p for p in model.parameters() if p.requires_grad and p.ndim >= 2 and id(p) not in embedded
+    ]
+    elements = sum(p.numel() for p in matrices)
+    width = sum(p.numel() * p.shape[1] for p in matrices) / elements if elements else 1.0
+    rate = _RATE_OF_ONE_INPUT / width * (_UPDATES / max(steps, 1)) ** _LENGTH_EXPONENT
+    return float(f"{min(rate, _MOST) * (_PRETRAINED if pretrained else 1.0):.3g}")
+
+
 @describes(
     LeverInfo(
         name="rate-probe",
         saves="makes the other savings possible: compare nothing at a rate that suits one side",
         source="common practice; Kaddour et al., No Train No Gain, NeurIPS 2023",
         applies="always; some percent of the run, counted as tuning",
-        hurts="a probe much shorter than the run prefers rates that are too high",
+        hurts="a probe much shorter than the run shows mostly noise: ask for a `least_gain` then",
         reversible=True,
         default_on=True,
     )
@@ -47,6 +77,7 @@ def rate_probe(
     *,
     factor: float = 2.0,
     max_runs: int = 8,
+    least_gain: float = 0.0,
 ) -> Choice:
     """Find the learning rate with the lowest loss, by short runs outward from a guess.
 
@@ -60,14 +91,16 @@ def rate_probe(
         start: First guess.
         factor: Distance between rates, above 1.
         max_runs: At most so many calls of `train`.
+        least_gain: Stay at `start` unless the best loss is lower by this share: what is known
+            beforehand outweighs the noise of short runs.
 
     Raises:
         ConfigError: The arguments make no ladder, or no rate trains at all.
     """
-    if start <= 0 or factor <= 1 or max_runs < 1:
+    if start <= 0 or factor <= 1 or max_runs < 1 or least_gain < 0:
         raise ConfigError(
-            f"no ladder of rates has {start=}, {factor=}, {max_runs=}",
-            hint="start > 0, factor > 1, max_runs >= 1",
+            f"no ladder of rates has {start=}, {factor=}, {max_runs=}, {least_gain=}",
+            hint="start > 0, factor > 1, max_runs >= 1, least_gain >= 0",
         )
     losses: dict[int, float] = {}
 
@@ -94,6 +127,9 @@ def rate_probe(
             f"training diverged at every rate from {min(tried):g} to {max(tried):g}",
             hint="check the loss and the data, or start lower",
         )
+    if best and math.isfinite(losses[0]) and losses[best] > losses[0] - least_gain * abs(losses[0]):
+        reason = f"{start:g} to begin with: none of {len(losses)} runs is {least_gain:.0%} better"
+        return Choice(value=start, loss=losses[0], reason=reason, tried=tried)
     bracketed = best - 1 in losses and best + 1 in losses
     rate = start * factor**best
     reason = (

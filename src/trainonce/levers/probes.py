@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainonce.errors import ConfigError, ProbeError
-from trainonce.levers.batches import call_model, num_samples, to_device
+from trainonce.levers.batches import blocks_of, call_model, num_samples, to_device
 from trainonce.levers.fingerprint import is_per_sample, kept
 from trainonce.levers.flops import count_flops
 from trainonce.levers.memory import Accumulation, BatchSize, find_batch_size
 from trainonce.levers.optimizer import muon_adamw
 from trainonce.levers.precision import Precision, PrecisionChoice
 from trainonce.levers.probe import Choice, rate_probe
+from trainonce.levers.recompute import Recomputing, recompute_all
 from trainonce.levers.schedule import Schedule
 from trainonce.levers.sequence import SequenceWarmup
 from trainonce.worker.seeds import derive_seed, seed_generators
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     Loss = Callable[[Any, Any], torch.Tensor]
 
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 256
+_LEAST_GAIN = 0.1
 
 
 class Prober:
@@ -63,24 +65,30 @@ class Prober:
         self.batch_size = batch_size
         self.micro_batch = batch_size
         self.precision = Precision("tf32", device=device)
+        self._recomputing: Recomputing | None = None
         self.num_steps = 0
         self.step_s = 0.0
         self._held_out = eval_data or data
         held_out = guard_indices(len(data), len(eval_data) if eval_data else None, seed)
         self._held_out_indices = held_out
         left = set[int]() if eval_data else set(held_out)
-        self._train_indices = [index for index in range(len(data)) if index not in left]
+        # A dataset of one sample is both.
+        self._train_indices = [i for i in range(len(data)) if i not in left] or held_out
 
     # ------------------------------------------------------------------ what is measured
 
     def check_finite(self) -> None:
-        """Raise unless the untrained model has a finite loss.
+        """Raise unless the untrained model has a finite loss, on samples of both kinds.
 
         Raises:
             ProbeError: It is NaN or infinite.
         """
-        with kept(self.model):
+        with kept(self.model), torch.no_grad():
             found = self.held_out_loss()
+            if math.isfinite(found):
+                self.model.train()
+                batch = self._batch(self._train_indices[: self.micro_batch])
+                found = float(self._mean_loss(batch))
         if not math.isfinite(found):
             raise ProbeError(
                 f"the loss is {found:g} before any training",
@@ -97,9 +105,33 @@ class Prober:
     def find_micro_batch(self) -> BatchSize:
         """Find how many samples fit at once, up to the batch of one rank.
 
+        Where not even one does, activations are recomputed from here on, until `close`.
+
         Raises:
-            ConfigError: Not even one does.
+            ConfigError: Not even one does then.
         """
+        try:
+            found = self._largest()
+        except ConfigError:
+            blocks = blocks_of(self.model)
+            if not blocks:
+                raise
+            self._recomputing = recompute_all(blocks)
+            found = self._largest()
+        self.micro_batch = found.micro_batch
+        return found
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether not even one sample fits with its activations kept."""
+        return self._recomputing is not None
+
+    def close(self) -> None:
+        """Put the model's blocks back as they were."""
+        if self._recomputing is not None:
+            self._recomputing.remove()
+
+    def _largest(self) -> BatchSize:
 
         def trial(size: int) -> None:
             indices = (self._train_indices * (size // len(self._train_indices) + 1))[:size]
@@ -108,7 +140,7 @@ class Prober:
             optimizer.step()
 
         with kept(self.model):
-            found = find_batch_size(
+            return find_batch_size(
                 trial,
                 maximum=self.batch_size,
                 start=self.batch_size,
@@ -116,8 +148,6 @@ class Prober:
                 device=self.device,
                 agree=False,
             )
-        self.micro_batch = found.micro_batch
-        return found
 
     def choose_precision(self, wanted: Precision) -> PrecisionChoice:
         """Time the step in each mode, if `wanted` is undecided; use the result from here on."""
@@ -145,6 +175,8 @@ class Prober:
     def find_rate(self, start: float, muon: bool, steps: int, max_runs: int) -> Choice:
         """Walk over rates by runs of so many steps, each with a finished schedule.
 
+        Runs this short show noise as well, so `start` is left only for a clear gain.
+
         Raises:
             ProbeError: The loss was not finite at any rate.
         """
@@ -154,6 +186,7 @@ class Prober:
                 start,
                 factor=2.5,
                 max_runs=max_runs,
+                least_gain=_LEAST_GAIN,
             )
         except ConfigError as error:
             raise ProbeError(error.message, hint=error.hint) from error
@@ -222,7 +255,13 @@ class Prober:
     def _mean_loss(self, batch: Any, precision: Precision | None = None) -> torch.Tensor:
         with (precision or self.precision).autocast():
             out = call_model(self.model, batch)
-            return self._loss(out, batch).float().mean()
+            loss = self._loss(out, batch).float().mean()
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ConfigError(
+                "the loss does not depend on what is trained",
+                hint="loss(out, batch) must be computed from out, without detach() or no_grad()",
+            )
+        return loss
 
     def _batch(self, indices: list[int]) -> Any:
         return to_device(self._data.batch(indices), self.device)
@@ -252,7 +291,7 @@ def mean_loss(
         batch = to_device(data.batch(indices[start : start + batch_size]), device)
         samples = num_samples(batch)
         values = loss(call_model(model, batch), batch)
-        is_per_sample(values.float(), samples)
+        is_per_sample(values.float() if isinstance(values, torch.Tensor) else values, samples)
         total += float(values.double().mean()) * samples
         count += samples
     return total / max(count, 1)

@@ -96,7 +96,8 @@ def recompute(
     Each block is measured in one forward pass: what it keeps with everything kept, with the
     results of matrix products, convolutions and attention kept ("selective"), and with nothing
     kept ("full"). Then blocks are moved to cheaper modes, by FLOPs for each byte gained, until
-    the rest fits. Gradients are bit for bit what they were: dropout draws the same again.
+    the rest fits. Gradients are bit for bit what they were: dropout draws the same again, and
+    batch norms count a batch once.
 
     Args:
         blocks: Layers of a model that are called once in a forward pass.
@@ -138,6 +139,20 @@ def recompute(
         reason=f"{counts}: {kept:,} of {without:,} bytes, budget {limit:,}",
         remove=remove,
     )
+
+
+def recompute_all(blocks: Sequence[torch.nn.Module]) -> Recomputing:
+    """Recompute everything in `blocks`, with nothing measured: not one sample fits otherwise."""
+    undo = [_put(block, FULL) for block in blocks]
+
+    def remove() -> None:
+        for each in undo:
+            each()
+
+    return Recomputing(
+        modes=(FULL,) * len(blocks), kept_bytes=0, without_bytes=0, extra_flops=0,
+        reason=f"all of {len(blocks)} blocks, unmeasured", remove=remove,
+    )  # fmt: skip
 
 
 def choose(costs: Sequence[BlockCost], limit: int) -> tuple[str, ...]:
@@ -269,15 +284,13 @@ def _put(block: torch.nn.Module, mode: str) -> Callable[[], None]:
     if mode == KEEP:
         return lambda: None
     plain = block.forward
-    contexts: dict[str, Any] = {}
-    if mode == SELECTIVE:
-        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    contexts = functools.partial(_contexts, block, mode)
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
-        return checkpoint(plain, *args, use_reentrant=False, **contexts, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     block.forward = forward
 
@@ -285,6 +298,31 @@ def _put(block: torch.nn.Module, mode: str) -> Callable[[], None]:
         del block.forward  # the class's own shows again
 
     return remove
+
+
+def _contexts(block: torch.nn.Module, mode: str) -> tuple[Any, Any]:
+    """Return the contexts for the forward pass and for its repetition."""
+    if mode == FULL:
+        return contextlib.nullcontext(), _buffers_kept(block)
+    first, again = create_selective_checkpoint_contexts(_policy)
+    return first, _repeating(block, again)
+
+
+@contextlib.contextmanager
+def _repeating(block: torch.nn.Module, again: Any) -> Generator[None]:
+    with _buffers_kept(block), again:
+        yield
+
+
+@contextlib.contextmanager
+def _buffers_kept(block: torch.nn.Module) -> Generator[None]:
+    """Undo what the repetition does to buffers: a batch norm would count its batch twice."""
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 def _policy(_context: Any, function: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

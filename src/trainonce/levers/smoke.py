@@ -63,8 +63,9 @@ def smoke_test(
     args: Sequence[str] = (),
     *,
     steps: int = 2,
+    epoch: bool = False,
     max_state_bytes: int | None = None,
-    timeout_s: float = 600.0,
+    timeout_s: float | None = 600.0,
 ) -> SmokeResult:
     """Run `script` on the CPU until its optimizer has made `steps` updates, and stop it there.
 
@@ -76,8 +77,10 @@ def smoke_test(
         script: Path of the training script.
         args: Its arguments.
         steps: Updates to make.
+        epoch: Instead, go on to the end of the first pass over a torch loader (or one of
+            `run.dataloader`) in which updates were made.
         max_state_bytes: Memory of the device it is meant for. State beyond it fails here.
-        timeout_s: It fails if it takes longer.
+        timeout_s: It fails if it takes longer; None: as long as it takes.
 
     Raises:
         SmokeTestError: The script fails, ends without an update, makes a parameter that is not
@@ -86,7 +89,7 @@ def smoke_test(
     with tempfile.TemporaryDirectory(prefix="trainonce-smoke-") as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "trainonce.levers.smoke_child"]
-        command += [str(report), str(steps), str(script), *args]
+        command += [str(report), "0" if epoch else str(steps), str(script), *args]
         try:
             done = subprocess.run(
                 command,
@@ -98,7 +101,8 @@ def smoke_test(
             )
         except subprocess.TimeoutExpired as error:
             raise SmokeTestError(
-                f"{script} did not finish {steps} updates on the CPU within {timeout_s:g} s",
+                f"{script} did not finish {'an epoch' if epoch else f'{steps} updates'} on the CPU "
+                f"within {timeout_s:g} s",
                 hint="raise timeout_s, or give the script a smaller model for the test",
             ) from error
         found = json.loads(report.read_text()) if report.exists() else None

@@ -1,7 +1,7 @@
 """The process in which a smoke test runs its script: `REPORT STEPS SCRIPT [ARGS...]`.
 
 torch's global hooks see every optimizer step and every call of a module, whatever loop the
-script has.
+script has. With STEPS 0 it goes on until a loader that trained something is exhausted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import runpy
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class _Enough(BaseException):
@@ -44,8 +48,20 @@ class _Watch:
         if self._current is not None:
             self.inputs.append(self._current)
             self._current = None
-        if self.num_steps >= self._steps:
+        if 0 < self._steps <= self.num_steps:
             raise _Enough
+
+    def until_a_loader_ends(self) -> None:
+        """End the script with the first pass over a loader in which something was trained."""
+        plain = DataLoader.__iter__
+
+        def walk(loader: DataLoader[Any]) -> Iterator[Any]:
+            before = self.num_steps
+            yield from plain(loader)
+            if self.num_steps > before:
+                raise _Enough
+
+        DataLoader.__iter__ = walk  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def num_steps(self) -> int:
@@ -84,6 +100,8 @@ def main() -> None:
     watch = _Watch(int(steps))
     register_optimizer_step_post_hook(watch.on_update)
     register_module_forward_pre_hook(watch.on_forward)
+    if steps == "0":
+        watch.until_a_loader_ends()
     sys.argv = [script, *args]
     sys.path[0] = str(Path(script).resolve().parent)
     enough = False

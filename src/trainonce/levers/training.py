@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -16,22 +17,24 @@ from torch.nn.parallel import DistributedDataParallel
 from trainonce.errors import ConfigError
 from trainonce.ledger.spending import Action
 from trainonce.levers.base import Lever, Stack
-from trainonce.levers.batches import call_model, num_samples, to_device, unwrapped
+from trainonce.levers.batches import blocks_of, call_model, num_samples, to_device, unwrapped
 from trainonce.levers.early_stop import EarlyStop
-from trainonce.levers.fingerprint import is_per_sample
+from trainonce.levers.fingerprint import is_per_sample, kept
 from trainonce.levers.freeze import Freeze
 from trainonce.levers.guard import Verdict, judge
 from trainonce.levers.infobatch import InfoBatch, WithIndex
 from trainonce.levers.memory import Accumulation
+from trainonce.levers.noise_scale import NoiseScale
 from trainonce.levers.optimizer import muon_adamw
 from trainonce.levers.precision import Precision
 from trainonce.levers.probes import guard_indices, mean_loss
+from trainonce.levers.quantized import quantized_training
+from trainonce.levers.recompute import recompute, recompute_all
 from trainonce.levers.schedule import Schedule
 from trainonce.levers.sequence import SequenceWarmup
 from trainonce.worker.seeds import derive_seed, seed_generators
 
 if TYPE_CHECKING:
-    import contextlib
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
@@ -39,19 +42,11 @@ if TYPE_CHECKING:
     from trainonce.levers.batches import Data
     from trainonce.levers.host import Host
     from trainonce.levers.plan_file import Plan
+    from trainonce.levers.recompute import Recomputing
 
     Loss = Callable[[Any, Any], torch.Tensor]
 
 BEST = "best.safetensors"
-
-
-def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the parts of a model in order of registration, lists of layers taken apart."""
-    found: list[torch.nn.Module] = []
-    for child in unwrapped(model).children():
-        inside = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
-        found += list(child.children()) if inside else [child]
-    return [block for block in found if next(block.parameters(), None) is not None]
 
 
 def build_levers(
@@ -70,17 +65,16 @@ def build_levers(
     def settings(name: str) -> dict[str, Any]:
         return {**plan.settings(name), "enabled": plan.is_on(name)}
 
-    for name in ("recompute", "quantized", "noise-scale"):
-        if plan.is_on(name):
-            raise ConfigError(
-                f"fit does not drive {name}, and the plan has it on",
-                hint="switch it off in the plan, or use it in a loop of your own (docs/levers.md)",
-            )
     levers: dict[str, Lever] = {}
     try:
         mode = settings("precision")
         levers["precision"] = Precision(mode.pop("mode", None), device=device, **mode)
-        levers["schedule"] = Schedule(optimizer, plan.run.steps, **settings("schedule"))
+        schedule = Schedule(optimizer, plan.run.steps, **settings("schedule"))
+        levers["schedule"] = schedule
+        if plan.is_on("noise-scale"):
+            levers["noise-scale"] = NoiseScale(
+                optimizer, plan.run.batch_size, schedule=schedule, **settings("noise-scale")
+            )
         if plan.is_on("sequence-warmup"):
             length = plan.fingerprint.sequence_length
             levers["sequence-warmup"] = SequenceWarmup(
@@ -91,17 +85,51 @@ def build_levers(
         if plan.is_on("freeze"):
             levers["freeze"] = Freeze(blocks_of(model), **settings("freeze"))
         if plan.is_on("early-stop"):
-            schedule = levers["schedule"]
-            assert isinstance(schedule, Schedule)
             levers["early-stop"] = EarlyStop(
                 schedule=schedule, wait_for=list(levers.values()), **settings("early-stop")
             )
     except TypeError as error:
-        raise ConfigError(
-            f"a lever has settings in the plan that it does not know: {error}",
-            hint="see docs/levers.md, or make the plan anew",
-        ) from error
+        raise unknown_settings(error) from error
     return levers
+
+
+def _recompute(
+    plan: Plan, model: torch.nn.Module, data: Data, loss: Loss, device: torch.device
+) -> Recomputing | None:
+    """Have the model's blocks recompute activations, where the plan says so."""
+    if not plan.is_on("recompute"):
+        return None
+    size = max(min(plan.run.micro_batch, len(data)), 1)
+
+    def forward() -> None:
+        batch = to_device(data.batch(range(size)), device)
+        loss(call_model(model, batch), batch)
+
+    settings = plan.settings("recompute")
+    with kept(model):
+        if not settings:
+            return recompute_all(blocks_of(model))
+        try:
+            return recompute(blocks_of(model), forward, **settings)
+        except TypeError as error:
+            raise unknown_settings(error) from error
+
+
+def _quantize(plan: Plan, model: torch.nn.Module) -> None:
+    if not plan.is_on("quantized"):
+        return
+    try:
+        quantized_training(model, **plan.settings("quantized"))
+    except TypeError as error:
+        raise unknown_settings(error) from error
+
+
+def unknown_settings(error: TypeError) -> ConfigError:
+    """Return the error for settings of a plan that a lever has no arguments for."""
+    return ConfigError(
+        f"a lever has settings in the plan that it does not know: {error}",
+        hint="see docs/levers.md, or make the plan anew",
+    )
 
 
 def build_optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -116,7 +144,8 @@ class State:
     """What must survive beside model, optimizer and levers; equal on all ranks.
 
     Attributes:
-        updates: Made so far.
+        updates: Loader batches trained on so far: one an update, but for the noise scale.
+        before: The same before the last update.
         best: Best value on the evaluation data, and `best_step`, after how many updates.
         history: [updates, training loss, value or NaN] of each look.
         stop: Why the run ended early; "" if it did not.
@@ -126,6 +155,7 @@ class State:
     """
 
     updates: int = 0
+    before: int = 0
     best: float = math.inf
     best_step: int = 0
     history: list[list[float]] = field(default_factory=lambda: [])
@@ -170,10 +200,23 @@ class Training:
         show: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.host, self.plan, self.state = host, plan, State()
+        _quantize(plan, model)
         self.optimizer = optimizer or build_optimizer(plan, model)
         self.levers = build_levers(plan, model, self.optimizer, data, device=host.device, seed=seed)
+        if {"infobatch", "noise-scale"} <= self.levers.keys() and host.world_size > 1:
+            raise ConfigError(
+                "InfoBatch gathers scores in each batch, and the noise scale joins batches that "
+                "must not communicate",
+                hint="switch one of them off in the plan, or train on one rank",
+            )
+        if "early-stop" in self.levers and eval_data is None:
+            raise ConfigError(
+                "early stop is on in the plan, and there are no data to evaluate on",
+                hint="give fit eval=..., or switch it off",
+            )
         self.stack = Stack(**self.levers)
         self.loader = self._make_loader(data)
+        self._recomputing = _recompute(plan, model, data, loss, host.device)
         self.model = model
         if host.world_size > 1 and not isinstance(model, DistributedDataParallel):
             unused = plan.is_on("freeze")
@@ -187,6 +230,7 @@ class Training:
         self._look_every = max(plan.run.steps // 20, 1)
         self._budget_every = max(plan.run.steps // 200, 1)
         self._begun_s, self._begun_at, self._last_step = time.monotonic(), 0, 0
+        self._joined = 0  # batches whose gradients wait for their update
         self.model.train()
 
     def _make_loader(self, data: Data) -> Any:
@@ -210,21 +254,49 @@ class Training:
     # ------------------------------------------------------------------ one update
 
     def update(self, indexed: tuple[torch.Tensor, Any]) -> torch.Tensor:
-        """Make one update, and return the mean loss of this rank's samples, shape ()."""
+        """Train on one batch, and return the mean loss of this rank's samples, shape ().
+
+        It is an update, unless the noise scale wants more batches in one: then gradients stay
+        here until the last of them.
+        """
         indices, batch = indexed
-        step = self.state.updates
-        if step != self._last_step:  # the state was loaded from elsewhere
+        first = self.state.updates
+        if first != self._last_step:  # the state was loaded from elsewhere
             self._meter.restart(self.state.spent)
-            self._begun_s, self._begun_at = time.monotonic(), step
-        # By the update alone: what looks at the run in between must not change what it draws.
+            self._begun_s, self._begun_at, self._last_step = time.monotonic(), first, first
+        if self._joined and all(p.grad is None for p in self.model.parameters()):
+            self._joined = 0  # what waited is gone: a rehearsal, or a state from elsewhere
+        step = first + self._joined
+        # By the step alone: what looks at the run in between must not change what it draws.
         seed_generators(derive_seed("update", self._seed, self.host.rank, step))
-        self.stack.begin_step(step)
+        if not self._joined:
+            self.stack.begin_step(first)
+        wanted = min(self._num_batches(), self.plan.run.steps - first)
+        self._joined += 1
+        is_last = self._joined == wanted
+        no_sync = getattr(self.model, "no_sync", None)
+        with contextlib.nullcontext() if is_last or no_sync is None else no_sync():
+            total = self._backward(indices, batch, 1 / wanted)
+        if is_last:
+            self.stack.update(self.optimizer)
+            self.stack.end_step(step)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.state.before, self.state.updates = first, first + wanted
+            self._last_step, self._joined = self.state.updates, 0
+        return total
+
+    def _num_batches(self) -> int:
+        lever = self.levers.get("noise-scale")
+        return lever.num_batches if isinstance(lever, NoiseScale) and lever.enabled else 1
+
+    def _backward(self, indices: torch.Tensor, batch: Any, weight: float) -> torch.Tensor:
+        """Add the gradients of a batch, times `weight`, to those there are; return its loss."""
         before = num_samples(batch)
         batch = self.stack.shape_batch(to_device(batch, self.host.device))
         samples = num_samples(batch)
         # Sequences that were cut count as parts of a sample: as many tokens fit at once.
         accumulation = Accumulation(max(self.plan.run.micro_batch * samples // before, 1))
-        scale = 1 / samples  # every rank has as many: what does not fill a step is left out
+        scale = weight / samples  # every rank has as many: what does not fill a step is left out
         local = self.host.local
         total = torch.zeros((), dtype=torch.float64, device=self.host.device)
         for (part, micro), sync in accumulation.split(
@@ -242,11 +314,6 @@ class Training:
                 local["loss_sum"] = share + local.get("loss_sum", 0.0)
                 local["loss_count"] = local.get("loss_count", 0.0) + count / samples
                 self.stack.scale_loss(mean * (count * scale)).backward()
-        self.stack.update(self.optimizer)
-        self.stack.end_step(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state.updates += 1
-        self._last_step = self.state.updates
         return total
 
     def _reduce(self, losses: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor:
@@ -262,11 +329,21 @@ class Training:
     # ------------------------------------------------------------------ looking at the run
 
     def due(self) -> bool:
-        """Tell whether to look at the run after this update; the same on every rank."""
-        step = self.state.updates
+        """Tell whether to look at the run after this batch; the same on every rank."""
+        if self._joined:
+            return False
         every = self._budget_every if self._gate.has_limits else self._look_every
-        marks = (self.plan.run.steps, self.plan.probes.guard_step)
-        return step % every == 0 or step % self._look_every == 0 or step in marks
+        return self._passed(every) or self._regular() or self._at_guard()
+
+    def _passed(self, every: int) -> bool:
+        """Tell whether the last update reached or passed a multiple of `every`."""
+        return self.state.updates // every > self.state.before // every
+
+    def _regular(self) -> bool:
+        return self._passed(self._look_every) or self.state.updates == self.plan.run.steps
+
+    def _at_guard(self) -> bool:
+        return self.state.before < self.plan.probes.guard_step <= self.state.updates
 
     def look(self) -> None:
         """Evaluate, guard, keep the best weights, ask the budget. Collective."""
@@ -275,13 +352,13 @@ class Training:
         local = self.host.local
         loss = self._mean_over_ranks(float(local["loss_sum"]), local["loss_count"])
         value = math.nan
-        if step % self._look_every == 0 or step == self.plan.run.steps:
+        if self._regular():
             value = self._evaluate()
             state.history.append([step, loss, value])
             local["loss_sum"], local["loss_count"] = 0.0, 0
             self._note_best(value if self._eval_data is not None else loss, step)
             self._report(step, loss, value)
-        if step == self.plan.probes.guard_step or not math.isfinite(loss):
+        if self._at_guard() or not math.isfinite(loss):
             self._guard(step, loss)
         self._ask_budget()
 
@@ -372,8 +449,7 @@ class Training:
 
     def worth_saving(self) -> bool:
         """Tell whether a plain process should write its state after this update."""
-        step = self.state.updates
-        return step % self._look_every == 0 or step == self.plan.run.steps or self.stopped()
+        return self._regular() or self.stopped()
 
     # ------------------------------------------------------------------ telling people
 
@@ -400,6 +476,8 @@ class Training:
         """Close what is open."""
         if self._writer is not None:
             self._writer.close()
+        if self._recomputing is not None:
+            self._recomputing.remove()
 
 
 def _can_harm(lever: Lever) -> bool:

@@ -8,9 +8,9 @@ IN_AN_UPDATE = "kill rank=1 step=4 point=backward"
 IN_A_LOOK = "kill rank=0 step=20 point=begin"
 
 
-def check(shaken, calm, faults):
-    result = shaken("fit_once.py", "infobatch", faults=faults)
-    whole = calm("fit_once.py", "infobatch")
+def check(shaken, calm, faults, levers=("infobatch",)):
+    result = shaken("fit_once.py", *levers, faults=faults)
+    whole = calm("fit_once.py", *levers)
     assert [result.values(key) for key in KEYS] == [whole.values(key) for key in KEYS]
     assert set(result.values("steps").values()) == {40}
     assert all(result.values("weights").values())
@@ -18,6 +18,12 @@ def check(shaken, calm, faults):
 
 def test_fit_with_its_levers_survives_kills_bit_for_bit(shaken, calm):
     check(shaken, calm, [IN_AN_UPDATE, IN_A_LOOK])
+
+
+def test_batches_that_the_noise_scale_joins_survive_kills_bit_for_bit(shaken, calm):
+    """Up to four batches make an update: the newcomer computes its share of them all again."""
+    faults = ["kill rank=1 step=10 point=backward", "kill rank=0 step=14 point=update"]
+    check(shaken, calm, faults, ("noise-scale", "recompute"))
 
 
 @pytest.mark.slow

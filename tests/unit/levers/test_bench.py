@@ -1,6 +1,7 @@
 """The tasks of `trainonce bench levers`, and the command."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from trainonce.cli.main import main
 from trainonce.errors import ConfigError
 from trainonce.levers import results
 from trainonce.levers.bench import GRIDS, SIZES, TASKS, make_study
+from trainonce.levers.bench.control import recipe as ppo
 from trainonce.levers.bench.digits import Digits
 from trainonce.levers.bench.finetune import Finetune
 from trainonce.levers.bench.stdlib_bytes import StdlibBytes
@@ -70,6 +72,37 @@ def test_fine_tuning_starts_from_the_same_network_and_skips_what_is_frozen(setti
         assert 0 < usage.flops < whole.flops
     else:
         assert usage.flops == whole.flops
+
+
+@pytest.mark.parametrize("name", ["cartpole", "acrobot"])
+def test_an_agent_trains_the_same_twice_and_differently_by_seed(name):
+    study = make_study(name, size="small")
+    settings = {**study.default.settings, "steps": 2048, "epochs": 1}
+    (first, usage), (again, _) = train(study.task, settings), train(study.task, settings)
+    assert first == again
+    other = train(study.task, settings, seed=1)[0]
+    assert first != other or name == "acrobot"  # which has not swung up once by then
+    assert first["env_steps"] == usage.samples == 2048
+    assert first["negative_return"] == -first["return"]
+    half = train(study.task, {**settings, "share": 0.5})[1]
+    assert 0.5 * usage.flops < half.flops < 0.8 * usage.flops  # acting is not halved
+
+
+def test_an_agent_stops_once_its_returns_hold_the_target():
+    task = make_study("cartpole", size="small").task
+    recipe = ppo(steps=20_000, epochs=1, stop_at=12.0, window=5)
+    found, usage = train(task, recipe.settings)
+    assert found["env_steps"] == usage.samples < 2_000
+    assert recipe.name == "ppo 0.001, 1 epochs, 20k steps, until 12 over 5"
+    never = ppo(steps=2_048, epochs=1, stop_at=501.0, window=5)
+    assert train(task, never.settings)[0]["env_steps"] == 2_048
+
+
+def test_gymnasium_that_is_missing_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(ConfigError, match="gymnasium is not installed") as caught:
+        make_study("cartpole")
+    assert "pip install" in caught.value.hint
 
 
 def test_sizes_double_the_width_and_belong_to_the_file_name(tmp_path):

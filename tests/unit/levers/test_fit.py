@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import trainonce
 from trainonce.clock import FakeClock
@@ -17,6 +21,7 @@ from trainonce.errors import BudgetSpentError, ConfigError, StateMismatchError
 from trainonce.ledger import spending
 from trainonce.ledger.spending import Budget
 from trainonce.levers.fingerprint import model_digest
+from trainonce.levers.noise_scale import NoiseScale
 from trainonce.levers.plan_file import Plan
 
 from .test_plan import Tokens, net, points, square, text, token_loss
@@ -65,13 +70,13 @@ class Meteor(Exception):
 
 
 def stop_after(updates, monkeypatch):
-    """Make `fit` die in the update of that number, as a killed process would."""
+    """Make `fit` die in the update of that number or the next, as a killed process would."""
     from trainonce.levers.training import Training
 
     whole = Training.update
 
     def update(self, batch):
-        if self.state.updates == updates:
+        if self.state.updates >= updates:
             raise Meteor
         return whole(self, batch)
 
@@ -349,3 +354,103 @@ def test_tensorboard_gets_what_is_shown(made, tmp_path, monkeypatch):
     for step, loss, value in found.history:
         assert values["loss/train", step] == loss
         assert values["eval", step] == value
+
+
+def num_updates(fit_once):
+    """Count the calls of any optimizer's step while `fit_once` runs."""
+    count = []
+    hook = register_optimizer_step_post_hook(
+        lambda *_: count.append(1)
+    )  # fmt: skip
+    try:
+        fit_once()
+    finally:
+        hook.remove()
+    return len(count)
+
+
+@pytest.mark.parametrize("dies_at", [5, 16, 33])
+def test_the_noise_scale_joins_batches_to_one_update_and_resumes(
+    made, tmp_path, monkeypatch, dies_at
+):
+    plan = made.override("noise-scale", on=True, every=4, most=4, smoothing=0.5)
+    model, found = fit(tmp_path / "whole", plan)
+    assert found.steps == plan.run.steps
+    assert found.history[-1][0] == plan.run.steps
+    with monkeypatch.context() as patch:
+        stop_after(dies_at, patch)
+        with pytest.raises(Meteor):
+            fit(tmp_path / "cut", plan)
+    resumed, again = fit(tmp_path / "cut", plan)
+    assert same(model, resumed)
+    assert again.history == found.history
+    updates = num_updates(lambda: fit(tmp_path / "counted", plan))
+    assert plan.run.steps / 4 < updates < plan.run.steps
+    off = num_updates(lambda: fit(tmp_path / "off", made))
+    assert off == made.run.steps
+
+
+def test_joined_batches_give_the_gradient_of_one_batch_that_holds_them(tmp_path, monkeypatch):
+    """Two batches of 24 samples, and one of the same 48, before the only update."""
+    monkeypatch.setattr(NoiseScale, "num_batches", 2, raising=False)
+    monkeypatch.setattr(NoiseScale, "__setattr__", ignore("num_batches"))
+    x, y = points(48)
+    plan = trainonce.plan(net(), (x, y), square, steps=2).override("schedule", on=False)
+    plan = plan.override("precision", mode="tf32").override("optimizer", on=False)
+    found = []
+    for batch_size, steps, joined in ((24, 2, True), (48, 1, False)):
+        run = dataclasses.replace(
+            plan.run, batch_size=batch_size, micro_batch=batch_size, steps=steps, lr=0.01
+        )
+        model, gradients = net(), []
+        hook = register_optimizer_step_pre_hook(
+            lambda *_, model=model, kept=gradients: kept.append(
+                [p.grad for p in model.parameters()]
+            )
+        )
+        trainonce.fit(
+            model, (x, y), square, folder=tmp_path / str(steps), progress=quiet,
+            plan=dataclasses.replace(plan, run=run).override("noise-scale", on=joined),
+        )  # fmt: skip
+        hook.remove()
+        (only,) = gradients
+        found.append(only)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def ignore(name):
+    """Return a __setattr__ that leaves one attribute as it is."""
+
+    def setattr_(self, key, value):
+        if key != name:
+            object.__setattr__(self, key, value)
+
+    return setattr_
+
+
+def test_what_the_plan_has_on_and_nothing_can_serve_is_refused(made, tmp_path):
+    with pytest.raises(ConfigError, match="no data to evaluate on") as caught:
+        fit(tmp_path, made, eval=None)
+    assert caught.value.hint
+    with pytest.raises(ConfigError, match="returned float"):
+        fit(tmp_path, made, metric=lambda _out, _batch: 3.0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"share": 0.9}, {"share": 1.0}])
+def test_recomputed_activations_change_no_bit_and_leave_the_model_as_it_was(
+    made, tmp_path, settings
+):
+    plan = made.override("recompute", on=True, **settings)
+    (plain, one), (model, other) = fit(tmp_path / "one", made), fit(tmp_path / "two", plan)
+    assert same(plain, model)  # batch norms count a batch once
+    assert one.history == other.history
+    assert all("forward" not in vars(block) for block in model.modules())
+
+
+def test_a_plan_with_quantized_training_says_why_it_cannot_be_here(made, tmp_path):
+    plan = made.override("quantized", on=True, dtype="int8")
+    with pytest.raises(ConfigError, match="int8 training is not possible here"):
+        fit(tmp_path, plan)
+    with pytest.raises(ConfigError, match="does not know"):
+        fit(tmp_path, made.override("recompute", on=True, portion=0.3))

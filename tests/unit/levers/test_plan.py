@@ -2,6 +2,10 @@
 
 import dataclasses
 import math
+import os
+import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -14,6 +18,7 @@ from trainonce.errors import BudgetSpentError, ConfigError, DataError, ProbeErro
 from trainonce.ledger.spending import Budget
 from trainonce.levers import gates, registry
 from trainonce.levers.plan_file import parse_plan, read_plan
+from trainonce.levers.probe import expected_rate
 
 
 class Tokens(nn.Module):
@@ -95,11 +100,28 @@ def test_the_plan_counts_what_its_probes_cost_and_measures_an_arm_without_levers
     assert len(made.probes.tried_lr) >= 3
 
 
-def test_the_rate_is_lowered_from_the_probes_length_to_the_runs(probed):
-    made = probed[0]
-    best = min(made.probes.tried_lr, key=made.probes.tried_lr.get)
-    share = (made.probes.guard_step / made.run.steps) ** 0.32
-    assert made.run.lr == pytest.approx(float(best) * share, rel=0.01)
+def test_the_rate_is_what_the_width_lets_expect_or_half_way_to_one_clearly_better(probed):
+    made, model = probed[0], probed[1]
+    tried, start = made.probes.tried_lr, expected_rate(model, made.run.steps)
+    best = min(tried, key=tried.get)
+    gain = 1 - tried[best] / tried[f"{start:.4g}"]
+    wanted = math.sqrt(float(best) * start) if gain > 0.1 else start
+    assert made.run.lr == pytest.approx(wanted, rel=0.01)
+    assert made.levers["rate-probe"].settings["lr"] == made.run.lr
+
+
+def test_the_expected_rate_falls_with_width_and_length_and_for_what_was_trained_before():
+    def wide(width):
+        return nn.Sequential(
+            nn.Embedding(9999, width), nn.Linear(width, width), nn.LayerNorm(width)
+        )
+
+    assert expected_rate(wide(128), 500) == pytest.approx(0.01)
+    assert expected_rate(wide(1024), 500) == pytest.approx(0.01 / 8)
+    assert expected_rate(wide(1024), 500, pretrained=True) == pytest.approx(0.001 / 8)
+    assert expected_rate(wide(128), 500 * 2**10) == pytest.approx(0.01 / 2**3.2, rel=0.01)
+    assert expected_rate(nn.Conv2d(64, 8, 5), 500) == pytest.approx(0.02)
+    assert expected_rate(nn.Linear(1, 1), 500) == expected_rate(nn.LayerNorm(4), 500) == 0.05
 
 
 def test_a_plan_file_is_commented_toml_and_says_the_same_when_it_is_read(probed, tmp_path):
@@ -239,11 +261,35 @@ def test_a_precision_for_the_whole_cluster_is_taken(monkeypatch):
     assert made.settings("precision")["mode"] == "bf16"
 
 
-def nan_at(value):
-    def loss(out, batch):
-        return square(out, batch) + (torch.nan if out.std() > value else 0.0)
+def nan_in_first_rows():
+    x, y = points()
+    x[:3] = math.nan
+    return x, y
 
-    return loss
+
+def test_a_model_with_nothing_to_train_is_refused():
+    for model in (net().requires_grad_(False), nn.GELU()):
+        with pytest.raises(ConfigError, match="no parameter that is trained") as caught:
+            trainonce.plan(model, points(), square)
+        assert caught.value.hint
+
+
+def test_a_loss_that_is_nan_at_every_rate_is_an_error_of_the_probe():
+    def loss(out, batch):  # finite until the first update
+        return square(out, batch) + (math.nan if moved(out, batch) else 0.0)
+
+    def moved(out, batch):
+        with torch.no_grad():
+            return len(out) == len(batch[0]) and not torch.allclose(out, start(batch[0]))
+
+    start, model = net(), net()
+    with pytest.raises(ProbeError, match="diverged at every rate") as caught:
+        trainonce.plan(model, points(), loss, steps=500)
+    assert caught.value.hint
+
+
+def test_one_sample_is_a_dataset():
+    assert trainonce.plan(net(), points(1), square, steps=3).run.batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -252,6 +298,11 @@ def nan_at(value):
         ({"loss": lambda out, batch: (out - batch[1]).square()}, ConfigError, r"shape \[4, 1\]"),
         ({"loss": lambda out, batch: 3.0}, ConfigError, "returned float"),
         ({"loss": lambda out, batch: square(out, batch) * math.nan}, ProbeError, "before any"),
+        ({"loss": lambda out, batch: square(out, batch).detach()}, ConfigError, "depend on what"),
+        ({"train": (points()[0], points(5)[1])}, DataError, r"\[5, 200\] samples"),
+        ({"train": ["a", "b"]}, ConfigError, "no tensor"),
+        ({"train": nan_in_first_rows(), "eval": points(40)}, ProbeError, "before any"),
+        ({"steps": "3"}, ConfigError, "no numbers"),
         ({"train": []}, DataError, "empty"),
         ({"train": iter([1])}, DataError, "map-style|__len__"),
         ({"steps": 3, "epochs": 2}, ConfigError, "both given"),
@@ -290,3 +341,43 @@ def test_a_budget_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="max_hours is 0"):
         Budget(max_hours=0)
     assert issubclass(BudgetSpentError, RuntimeError)
+
+
+_HUNGRY = """
+import resource, sys, torch, trainonce
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):  # keeps 8 MiB a sample, twice, for the backward pass
+        return x + (x.repeat(1, 1 << 19) * self.scale).tanh().mean(1, keepdim=True)
+
+model = nn.Sequential(*(Block() for _ in range(16)), nn.Linear(4, 1))
+data = torch.randn(64, 4), torch.randn(64, 1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), -1))
+how = dict(loss=lambda out, batch: (out - batch[1]).square().mean(1), steps=2)
+made = trainonce.plan(model, data, **how)
+print(made.is_on("recompute"), made.run.micro_batch, made.levers["recompute"].why)
+print(any("forward" in vars(block) for block in model))
+print(trainonce.fit(model, data, plan=made, folder=sys.argv[1], **how).steps)
+try:
+    trainonce.fit(model, data, plan=made.override("recompute", on=False), folder=sys.argv[2], **how)
+except RuntimeError as error:
+    print("allocate" in str(error))
+"""
+
+
+def test_where_not_one_sample_fits_activations_are_recomputed(tmp_path):
+    command = [sys.executable, "-c", _HUNGRY, str(tmp_path / "on"), str(tmp_path / "off")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
+           "TRAINONCE_PRECISION": "tf32",
+           "TRAINONCE_HOME": str(tmp_path)}  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert re.match(r"True [1-4] not even one sample fits", first)
+    assert rest == ["False", "2", "True"]

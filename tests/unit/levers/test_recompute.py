@@ -1,7 +1,4 @@
-"""Recomputing activations by a budget, and quantized training where it cannot be."""
-
-import sys
-import types
+"""Recomputing activations by a budget."""
 
 import pytest
 import torch
@@ -9,9 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainonce.errors import ConfigError
-from trainonce.levers import quantized
 from trainonce.levers.flops import count_flops
-from trainonce.levers.quantized import quantized_training
 from trainonce.levers.recompute import BlockCost, choose, compile_budget, recompute
 
 
@@ -125,6 +120,28 @@ def test_off_is_off():
     assert all("forward" not in vars(block) for block in model)
 
 
+@pytest.mark.parametrize("share", [0.7, 0.2])
+def test_a_batch_norm_counts_a_batch_once(share):
+    def normed():
+        torch.manual_seed(0)
+        parts = [
+            nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 16))
+            for _ in range(2)
+        ]
+        return nn.Sequential(*parts)
+
+    plain, other = normed(), normed()
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    found = recompute(list(other), lambda: other(batch()), share=share)
+    assert "keep" not in found.modes
+    other.load_state_dict(before)  # measuring is a forward pass too
+    for _ in range(3):
+        assert all(map(torch.equal, gradients(plain), gradients(other)))
+    states = plain.state_dict(), other.state_dict()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert int(other[0][1].num_batches_tracked) == 3
+
+
 def cost(keep, selective, full, flops):
     kept = {"keep": keep, "selective": selective, "full": full}
     return BlockCost(kept_bytes=kept, extra_flops={"keep": 0, "selective": 0, "full": flops})
@@ -164,35 +181,3 @@ def test_the_compilers_budget_is_set_and_given_back():
     assert config.activation_memory_budget == before
     with pytest.raises(ConfigError, match="share is 2"), compile_budget(2):
         pass
-
-
-@pytest.mark.parametrize("dtype", ["fp8", "int8"])
-def test_quantized_training_says_why_it_cannot_be_here(dtype):
-    with pytest.raises(ConfigError, match="on cpu") as caught:
-        quantized_training(make(), dtype)
-    assert caught.value.hint == "take bf16"
-    with pytest.raises(ConfigError, match="'fp4'"):
-        quantized_training(make(), "fp4")
-    model = make()
-    assert quantized_training(model, dtype, enabled=False) is model
-
-
-def test_quantized_training_asks_for_hardware_and_torchao(monkeypatch):
-    device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    assert "8.9" in quantized.why_not("fp8", device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda _name: None)
-    assert "not installed" in quantized.why_not("fp8", device)
-
-
-def test_quantized_training_goes_through_torchao(monkeypatch):
-    called = []
-    fake = types.ModuleType("torchao.float8")
-    fake.convert_to_float8_training = called.append
-    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
-    monkeypatch.setitem(sys.modules, "torchao.float8", fake)
-    monkeypatch.setattr(quantized, "why_not", lambda *_: "")
-    model = make()
-    assert quantized_training(model) is model
-    assert called == [model]

@@ -79,6 +79,14 @@ def test_the_probe_walks_to_the_bottom_of_the_valley_and_brackets_it(best):
     assert len(choice.tried) <= 9
 
 
+def test_a_rate_that_is_known_beforehand_is_left_for_a_clear_gain_only():
+    stays = rate_probe(valley(3e-2), 1e-2, max_runs=20, least_gain=0.99)
+    assert stays.value == 1e-2
+    assert "99% better" in stays.reason
+    assert len(stays.tried) >= 3
+    assert rate_probe(valley(3e-2), 1e-2, max_runs=20, least_gain=0.01).value > 1e-2
+
+
 def test_a_rate_that_diverges_is_worse_than_any_that_trains():
     choice = rate_probe(lambda rate: math.nan if rate > 1e-3 else -rate, 0.1, max_runs=20)
     assert choice.value == pytest.approx(0.1 / 2**7)

@@ -107,3 +107,25 @@ def test_the_interpreter_is_this_one(tmp_path):
     path.write_text("import sys\nsys.exit(sys.executable)\n")
     with pytest.raises(SmokeTestError, match=sys.executable):
         smoke_test(path)
+
+
+LOADERS = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+model = torch.nn.Linear(3, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+data = TensorDataset(torch.randn(20, 3))
+for epoch in range(100):
+    for (x,) in DataLoader(data, batch_size=5):  # evaluation trains nothing
+        model(x)
+    for (x,) in DataLoader(data, batch_size=4):
+        model(x).square().mean().backward()
+        optimizer.step()
+open({done!r}, "w").write("finished")
+"""
+
+
+def test_the_first_epoch_alone_can_be_run(tmp_path):
+    found = smoke_test(script(tmp_path, text=LOADERS), epoch=True)
+    assert found.num_steps == 5
+    assert not (tmp_path / "done").exists()

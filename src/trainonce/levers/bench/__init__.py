@@ -16,11 +16,14 @@ TASKS = {
     "digits": ("trainonce.levers.bench.digits", "Digits"),
     "bytes": ("trainonce.levers.bench.stdlib_bytes", "StdlibBytes"),
     "finetune": ("trainonce.levers.bench.finetune", "Finetune"),
+    "cartpole": ("trainonce.levers.bench.cartpole", "CartPole"),
+    "acrobot": ("trainonce.levers.bench.acrobot", "Acrobot"),
 }
 GRIDS = ("small", "full")
 SIZES = ("small", "medium", "large")
 _WIDTHS = {"digits": ("width", (4, 8, 16)), "bytes": ("dim", (16, 32, 64))}
 _WIDTHS["finetune"] = _WIDTHS["digits"]
+_WIDTHS["cartpole"] = _WIDTHS["acrobot"] = ("width", (32, 64, 128))
 
 
 def make_study(

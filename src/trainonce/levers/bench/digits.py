@@ -42,6 +42,7 @@ class DigitsRecipe:
         infobatch: Probability of leaving an easy sample out; 0 for none.
         subset: Share of the training data, drawn at random.
         batch: Samples of an update.
+        ns_steps: Newton-Schulz steps of Muon.
     """
 
     optimizer: str = "adam"
@@ -51,6 +52,7 @@ class DigitsRecipe:
     infobatch: float = 0.0
     subset: float = 1.0
     batch: int = 64
+    ns_steps: int = 5
 
 
 class DigitsNet(nn.Module):
@@ -142,7 +144,12 @@ class Digits:
         images, labels = self._part(how.subset, seed)
         decay = 0.0 if how.optimizer == "adam" else 0.05
         optimizer = muon_adamw(
-            model, how.lr, enabled=how.optimizer == "muon", weight_decay=decay, betas=(0.9, 0.999)
+            model,
+            how.lr,
+            enabled=how.optimizer == "muon",
+            weight_decay=decay,
+            betas=(0.9, 0.999),
+            ns_steps=how.ns_steps,
         )
         steps_per_epoch = max(len(labels) // how.batch, 1)
         total = max(round(how.epochs * steps_per_epoch), 1)
@@ -213,11 +220,15 @@ def default() -> Recipe:
 
 def baseline(grid: str) -> list[Recipe]:
     """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
-    rates, batches, horizons = {
-        "small": ((1e-2,), (64,), (8, 16)),
-        "full": ((1e-2, 2e-2), (32, 64), (4, 6, 9, 12, 16, 24)),
-    }[grid]
-    return [_named("adamw", lr, batch, n) for n in horizons for batch in batches for lr in rates]
+    if grid == "small":
+        return [_named("adamw", 1e-2, 64, epochs) for epochs in (8, 16)]
+    horizons = {16: (12, 16, 24), 32: (3, 4, 5, 6, 9, 12, 16, 24), 64: (4, 6, 9, 12, 16, 24)}
+    return [
+        _named("adamw", lr, batch, epochs)
+        for batch, lengths in horizons.items()
+        for epochs in lengths
+        for lr in (1e-2, 2e-2)
+    ]
 
 
 def candidates(grid: str) -> list[Recipe]:
@@ -225,20 +236,36 @@ def candidates(grid: str) -> list[Recipe]:
     if grid == "small":
         muon = [_named("muon", 2e-2, 64, epochs) for epochs in (5, 8)]
         return [*muon, _named("adamw", 1e-2, 64, 16, infobatch=0.5)]
+    horizons = {32: (3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 16), 64: (9, 12, 14, 16)}
     muon = [
         _named("muon", lr, batch, epochs)
-        for lr in (2e-2, 4e-2)
-        for batch in (32, 64)
-        for epochs in (3, 4, 6, 9, 12, 16)
+        for batch, lengths in horizons.items()
+        for epochs in lengths
+        for lr in (2e-2, 4e-2, 8e-2)
     ]
-    pruned = [_named("adamw", 1e-2, 32, epochs, infobatch=0.5) for epochs in (9, 12, 16, 24)]
-    return [*muon, *pruned, *(_named("muon", 2e-2, 32, n, infobatch=0.5) for n in (9, 12))]
+    fewer_steps = [
+        _named("muon", lr, batch, epochs, ns_steps=2)
+        for lr, batch in ((1e-2, 16), (2e-2, 16), (4e-2, 16), (2e-2, 32), (4e-2, 32))
+        for epochs in (3, 10, 12, 14, 16)
+    ]
+    pruned = [_named("adamw", 1e-2, 32, epochs, infobatch=0.5) for epochs in (12, 16, 24)]
+    both = [_named("muon", 4e-2, 32, n, infobatch=0.5) for n in (9, 12, 16)]
+    return [*muon, *fewer_steps, *pruned, *both]
 
 
-def _named(optimizer: str, lr: float, batch: int, epochs: int, infobatch: float = 0.0) -> Recipe:
+def _named(
+    optimizer: str,
+    lr: float,
+    batch: int,
+    epochs: int,
+    infobatch: float = 0.0,
+    ns_steps: int = 5,
+) -> Recipe:
+    name = optimizer if ns_steps == 5 else f"{optimizer} ({ns_steps} steps)"
     pruned = " + infobatch" if infobatch else ""
     return _recipe(
-        f"{optimizer} {lr:g}{pruned}, batch {batch}, {epochs} epochs",
+        f"{name} {lr:g}{pruned}, batch {batch}, {epochs} epochs",
+        ns_steps=ns_steps,
         optimizer=optimizer,
         lr=lr,
         batch=batch,

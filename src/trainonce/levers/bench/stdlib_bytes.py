@@ -48,6 +48,7 @@ class BytesRecipe:
         sequence_warmup: Share of the run with shorter sequences; 0 for none.
         subset: Share of the training bytes, drawn at random in pieces.
         batch: Sequences of an update.
+        ns_steps: Newton-Schulz steps of Muon.
     """
 
     optimizer: str = "adam"
@@ -57,6 +58,7 @@ class BytesRecipe:
     sequence_warmup: float = 0.0
     subset: float = 1.0
     batch: int = 16
+    ns_steps: int = 5
 
 
 class Block(nn.Module):
@@ -173,7 +175,13 @@ class StdlibBytes:
 
     def _train_model(self, model: BytesNet, how: BytesRecipe, seed: int, meter: UsageMeter) -> None:
         decay = 0.0 if how.optimizer == "adam" else 0.1
-        optimizer = muon_adamw(model, how.lr, enabled=how.optimizer == "muon", weight_decay=decay)
+        optimizer = muon_adamw(
+            model,
+            how.lr,
+            enabled=how.optimizer == "muon",
+            weight_decay=decay,
+            ns_steps=how.ns_steps,
+        )
         total = max(how.tokens // (how.batch * self._context), 1)
         schedule = Schedule(optimizer, total, enabled=how.schedule)
         warmup = SequenceWarmup(
@@ -236,38 +244,46 @@ def default() -> Recipe:
 
 def baseline(grid: str) -> list[Recipe]:
     """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
-    rates, batches, horizons = {
-        "small": ((1e-2,), (8,), (150, 300)),
-        "full": ((5e-3, 1e-2), (4, 8), (100, 150, 225, 300)),
-    }[grid]
+    if grid == "small":
+        return [_named("adamw", 1e-2, 8, 0.0, thousands) for thousands in (150, 300)]
     return [
-        _named("adamw", lr, batch, 0.0, n) for n in horizons for batch in batches for lr in rates
+        _named("adamw", lr, batch, 0.0, thousands)
+        for thousands in (75, 100, 125, 225, 300)
+        for lr, batch in ((5e-3, 4), (1e-2, 2), (1e-2, 4), (2e-2, 4), (1e-2, 8))
     ]
 
 
 def candidates(grid: str) -> list[Recipe]:
     """Return AdamW and Muon, each with sequence-length warm-up, and Muon alone."""
-    chosen: tuple[tuple[str, float, int, float, tuple[int, ...]], ...] = {
-        "small": (("adamw", 1e-2, 8, 0.4, (200,)), ("muon", 2e-2, 8, 0.4, (75, 150))),
-        "full": (
-            ("adamw", 1e-2, 8, 0.4, (150, 225)),
-            ("muon", 2e-2, 8, 0.0, (100, 150)),
-            ("muon", 2e-2, 8, 0.4, (60, 80, 100, 150, 200)),
-            ("muon", 4e-2, 8, 0.4, (60, 80, 100, 150, 175)),
-            ("muon", 2e-2, 4, 0.4, (60, 80, 100, 150, 175, 200)),
-        ),
-    }[grid]
-    return [
-        _named(optimizer, lr, batch, ramp, n)
-        for optimizer, lr, batch, ramp, horizons in chosen
-        for n in horizons
+    if grid == "small":
+        chosen = [("adamw", 1e-2, 8, 0.4, 200), ("muon", 2e-2, 8, 0.4, 75)]
+        return [_named(*each) for each in (*chosen, ("muon", 2e-2, 8, 0.4, 150))]
+    warmed = [
+        _named("muon", lr, batch, 0.4, thousands)
+        for thousands in (50, 60, 70, 80, 125, 150, 175, 200)
+        for lr, batch in ((2e-2, 4), (4e-2, 4), (4e-2, 8), (4e-2, 2))
     ]
+    alone = [_named("muon", 4e-2, 4, 0.0, thousands) for thousands in (70, 150, 175)]
+    fewer_steps = [
+        _named("muon", lr, batch, 0.4, thousands, ns_steps=3)
+        for lr, batch, horizons in (
+            (2e-2, 4, (40, 50, 60, 165, 175, 185)),
+            (4e-2, 8, (50, 60, 180, 190, 200)),
+        )
+        for thousands in horizons
+    ]
+    by_adamw = [_named("adamw", 1e-2, 4, 0.4, thousands) for thousands in (100, 225)]
+    return [*warmed, *alone, *by_adamw, *fewer_steps]
 
 
-def _named(optimizer: str, lr: float, batch: int, ramp: float, thousands: int) -> Recipe:
+def _named(
+    optimizer: str, lr: float, batch: int, ramp: float, thousands: int, ns_steps: int = 5
+) -> Recipe:
+    name = optimizer if ns_steps == 5 else f"{optimizer} ({ns_steps} steps)"
     warmup = " + sequence warm-up" if ramp else ""
     return _recipe(
-        f"{optimizer} {lr:g}, batch {batch}{warmup}, {thousands}k tokens",
+        f"{name} {lr:g}, batch {batch}{warmup}, {thousands}k tokens",
+        ns_steps=ns_steps,
         optimizer=optimizer,
         lr=lr,
         batch=batch,

@@ -30,6 +30,12 @@ def square(out, batch):
     return (out - batch[1]).square().mean(1)
 
 
+SETTINGS = {
+    "infobatch": {"num_epochs": 9},
+    "noise-scale": {"every": 3, "most": 4, "smoothing": 0.5},
+    "recompute": {},
+}
+
 run = trainonce.init(seed=3)
 levers = sys.argv[1:]
 path = settings.home() / "jobs" / str(settings.JOB.get()) / "mine.toml"
@@ -39,8 +45,7 @@ def make():
     made = trainonce.plan(make_net(), data(160), square, steps=40, world_size=2)
     made = made.override("precision", mode="tf32")
     for lever in levers:
-        extra = {"num_epochs": 9} if lever == "infobatch" else {}
-        made = made.override(lever, on=True, **extra)
+        made = made.override(lever, on=True, **SETTINGS[lever])
     return made
 
 

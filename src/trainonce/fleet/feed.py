@@ -82,12 +82,19 @@ class Finding:
 
 @dataclass(kw_only=True)
 class News:
-    """What came since the last time it was asked for."""
+    """What came since the last time it was asked for.
+
+    Args:
+        findings: Verdicts that changed.
+        missing: Source to why it cannot be read, those that could before.
+        pci: PCI address to device.
+        use: (host, device) to the share of the time in which it was busy.
+    """
 
     findings: list[Finding] = field(default_factory=lambda: [])
     missing: dict[str, str] = field(default_factory=lambda: {})
-    read: tuple[str, ...] = ()
     pci: dict[str, str] = field(default_factory=lambda: {})
+    use: dict[tuple[str, str], float] = field(default_factory=lambda: {})
 
 
 class Feed:
@@ -133,7 +140,6 @@ class Feed:
         silent: set[str] = set()
         with self._lock:
             self._news.missing |= opened.missing
-            self._news.read = tuple(source.name for source in opened.sources)
         while not self._stop.is_set():
             readings, missing = read_all(opened)
             fresh = {name: why for name, why in missing.items() if name not in silent}
@@ -149,6 +155,11 @@ class Feed:
                 self._news.findings += changed
                 self._news.missing |= fresh
                 self._news.pci = dict(opened.pci)
+                self._news.use |= {
+                    (one.host, one.device): one.utilisation
+                    for one in readings
+                    if one.utilisation is not None
+                }
             self._stop.wait(self._every_s)
         opened.close()
 

@@ -260,6 +260,7 @@ class Supervisor:
         job = self.job
         handle.said_hello = True
         handle.device = message.device
+        handle.stacks_signal = message.stacks_signal
         handle.process.trust()
         first = not job.uses_trainonce
         job.uses_trainonce = True

@@ -92,7 +92,8 @@ def _alert(report: Report, economics: EconomicsSettings, ledger: Ledger) -> None
     threads: list[threading.Thread | None] = []
     for job in report.jobs:
         summary = job.facts.summary
-        for alert in watch.observe(summary.job, summary.project, amounts(job.economics)):
+        used = amounts(job.time.elapsed_s, job.economics)
+        for alert in watch.observe(summary.job, summary.project, used):
             ledger.append(alert.job, alert.event)
             event = alert.event
             print(

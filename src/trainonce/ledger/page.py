@@ -6,7 +6,7 @@ import html
 from typing import TYPE_CHECKING
 
 from trainonce.ledger import plots
-from trainonce.ledger.text import energy_words, guarantee_lines
+from trainonce.ledger.text import energy_words, guarantee_lines, seen_lines, steps_words
 from trainonce.ledger.words import count, day, duration, hours, percent, usd, when
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def _job(job: JobReport) -> list[str]:
             f"Began {when(summary.started_wall_s)} on {_text(summary.host)}, "
             f"{duration(job.time.elapsed_s)}, {count(summary.world_size, 'rank')}, "
             f"{count(summary.spares, 'spare')}, {count(summary.steps, 'committed step')}. "
-            f"ETTR {percent(job.time.ettr)}, goodput {percent(job.time.goodput)}.</p>"
+            f"ETTR {percent(job.time.ettr)}, goodput {percent(job.time.goodput)}, "
+            f"MFU {percent(job.time.mfu)}. {_text(steps_words(job.facts))}.</p>"
         ),
         plots.progress(job),
         plots.bars(job.time.lost_s, duration),
@@ -141,6 +142,8 @@ def _job(job: JobReport) -> list[str]:
                 mark += f"; not counted: {incident.counts_as}"
             parts.append(f"<li>{_text(incident.sentence)} <strong>[{_text(mark)}]</strong></li>")
         parts.append("</ol>")
+    if seen := seen_lines(job.facts):
+        parts += ["<p>Seen:</p><ul>", *(f"<li>{_text(line)}</li>" for line in seen), "</ul>"]
     parts.append(
         f"<p>Cost {usd(money.cost_usd)}, lost {usd(money.lost_cost_usd)}, saved against restarts "
         f"from the last checkpoint on disk {usd(money.saved_cost_usd)} "

@@ -91,6 +91,40 @@ def energy_words(energy: Energy) -> str:
     return f"{words} ({kind}: {energy.source})"
 
 
+def seen_lines(facts: JobFacts) -> list[str]:
+    """Return what was seen of devices, ranks, loaders and hot spots, a line each."""
+    lines = [
+        f"{event.device or 'the host'} of {event.host}: {event.action}"
+        + (f", {event.reasons[0]}" if event.reasons else "")
+        for event in facts.health
+        if event.action in ("suspect", "migrate")
+    ]
+    lines += [f"{event.reason}, while {event.cause}" for event in facts.stragglers]
+    lines += [
+        f"a sample takes {event.sample_s * 1000:.0f} ms to load, mostly in {event.slowest};"
+        f" rank {event.rank} waited {percent(event.waited_share)} of the time: prepare it offline"
+        for event in facts.loaders
+    ]
+    if facts.hot_spots:
+        last = facts.hot_spots[-1]
+        spots = ", ".join(f"{name} {percent(share)}" for name, share in last.spots[:5])
+        where = "the device" if last.on_device else "the processor"
+        lines.append(f"hot spots on {where} in epoch {last.epoch}: {spots}")
+    return lines
+
+
+def steps_words(facts: JobFacts) -> str:
+    """Return how long a step takes, what it waits for, and how busy devices are meanwhile."""
+    if not facts.step_s:
+        return "No step was measured"
+    share = facts.loader_s / (facts.step_s + facts.loader_s)
+    busy = "not known" if facts.device_use is None else percent(facts.device_use)
+    return (
+        f"A step takes {duration(facts.step_s)} and waits {duration(facts.loader_s)} for its batch "
+        f"({percent(share)}); devices busy: {busy}"
+    )
+
+
 def _table(jobs: Sequence[JobReport]) -> list[str]:
     header = (
         "JOB", "PROJECT", "STARTED", "ELAPSED", "RANKS", "STEPS", "OUTCOME", "INCIDENTS", "ETTR",
@@ -135,8 +169,9 @@ def _job(job: JobReport) -> list[str]:
         ),
         (
             f"  ETTR {percent(time.ettr)}, goodput {percent(time.goodput)}, "
-            f"{time.samples_per_s:.4g} samples/s"
+            f"MFU {percent(time.mfu)}, {time.samples_per_s:.4g} samples/s"
         ),
+        f"  {steps_words(job.facts)}",
         "",
         "  Lost time by cause:",
     ]
@@ -146,29 +181,9 @@ def _job(job: JobReport) -> list[str]:
         mark = "no lost progress" if incident.resolved else "PROGRESS LOST"
         apart = "" if incident.counts_as == "failure" else f", not counted: {incident.counts_as}"
         lines.append(f"    {number}. {incident.sentence} [{mark}{apart}]")
-    return [*lines, *_observed(job.facts), "", *_money(job)]
-
-
-def _observed(facts: JobFacts) -> list[str]:
-    """Return what was seen of devices, ranks, loaders and hot spots."""
-    lines = [
-        f"    {event.device or 'the host'} of {event.host}: {event.action}"
-        + (f", {event.reasons[0]}" if event.reasons else "")
-        for event in facts.health
-        if event.action in ("suspect", "migrate")
-    ]
-    lines += [f"    {event.reason}, while {event.cause}" for event in facts.stragglers]
-    lines += [
-        f"    a sample takes {event.sample_s * 1000:.0f} ms to load, mostly in {event.slowest};"
-        f" rank {event.rank} waited {percent(event.waited_share)} of the time: prepare it offline"
-        for event in facts.loaders
-    ]
-    if facts.hot_spots:
-        last = facts.hot_spots[-1]
-        spots = ", ".join(f"{name} {percent(share)}" for name, share in last.spots[:5])
-        where = "the device" if last.on_device else "the processor"
-        lines.append(f"    hot spots on {where} in epoch {last.epoch}: {spots}")
-    return ["", "  Seen:", *lines] if lines else []
+    if seen := seen_lines(job.facts):
+        lines += ["", "  Seen:", *(f"    {line}" for line in seen)]
+    return [*lines, "", *_money(job)]
 
 
 def _money(job: JobReport) -> list[str]:
@@ -238,7 +253,8 @@ def _totals(title: str, totals: Totals) -> list[str]:
     lines = [
         (
             f"{title}: {count(totals.jobs, 'job')}, {hours(totals.gpu_hours)}, "
-            f"ETTR {percent(totals.ettr)}, goodput {percent(totals.goodput)}"
+            f"ETTR {percent(totals.ettr)}, goodput {percent(totals.goodput)}, "
+            f"MFU {percent(totals.mfu)}"
         ),
         (
             f"  lost {hours(totals.lost_gpu_hours)}{_in_usd(totals.lost_cost_usd)}, saved "

@@ -105,6 +105,10 @@ _KERNEL_FAULTS = {
 # A rate needs some time to be one, and a temperature trend some readings.
 _MIN_RATE_S = 60.0
 _MIN_RAMP_READINGS = 6
+# Over so many degrees a rise is compared with itself; the second half of a warm-up to anywhere
+# below slowdown takes more than this much longer than the first.
+_CLIMB_C = 8.0
+_SLOWS_DOWN = 1.4
 # Of one device, whatever it sends: ten minutes of three readings a second.
 _MAX_READINGS = 2000
 
@@ -213,6 +217,8 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     if shutdown_c is None or not near or trend.sum() < _MIN_RAMP_READINGS:
         return found
     rise = _rise_per_s(times[trend], degrees[trend])
+    if _comes_to_rest(times, degrees):
+        return found
     ahead_s = (shutdown_c - now_c) / rise if rise > 0 else float("inf")
     if ahead_s <= limits.ramp_ahead_s:
         reason = f"{now_c:.0f} °C and rising {rise * 60:.1f} °C a minute"
@@ -236,6 +242,20 @@ def _rise_per_s(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> flo
     apart = times[j] > times[i]  # two sources may read at one instant
     i, j = i[apart], j[apart]
     return float(np.median((degrees[j] - degrees[i]) / (times[j] - times[i]))) if i.size else 0.0
+
+
+def _comes_to_rest(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> bool:
+    """Tell whether a rise slows down, as that of a device that was given work.
+
+    Its last degrees took longer than as many before. Where cooling is lost they took as long: the
+    temperature goes on to where a device cannot live. A rise within a few readings cannot be told.
+    """
+    times, degrees = times[1:-1], np.median([degrees[:-2], degrees[1:-1], degrees[2:]], axis=0)
+    top = degrees[-1]
+    climb = min(_CLIMB_C, float(top - degrees.min()))
+    half, foot = (np.flatnonzero(degrees <= top - c)[-1] for c in (climb / 2, climb))
+    earlier, later = times[half] - times[foot], times[-1] - times[half]
+    return len(times) - foot < _MIN_RAMP_READINGS or later > _SLOWS_DOWN * earlier
 
 
 def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:

@@ -82,6 +82,7 @@ def may_move(
     day = sum(move.place == place and now_s - move.mono_s < 86_400 for move in moves)
     if day >= limits.per_device_day:
         return MoveDecision(
-            False, f"{day} moves away from {place} in a day, limit {limits.per_device_day}: it flaps"
+            False,
+            f"{day} moves away from {place} in a day, limit {limits.per_device_day}: it flaps",
         )
     return MoveDecision(True, f"{spares_ready} spares are ready, {hour} moves in the last hour")

@@ -50,13 +50,22 @@ class JobStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnded(Event):
-    """A job is over. `outcome`: "completed", "failed", "interrupted" or "lost"."""
+    """A job is over.
+
+    Args:
+        outcome: "completed", "failed", "interrupted" or "lost".
+        exit_code: The launcher's.
+        steps: Committed steps.
+        reason: Why it ended so.
+        supported: The script called `trainonce.init()`; nothing is known of a plain script's time.
+    """
 
     kind: ClassVar[str] = "job_ended"
     outcome: str
     exit_code: int
     steps: int
     reason: str = ""
+    supported: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

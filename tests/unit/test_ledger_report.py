@@ -97,6 +97,19 @@ def test_mfu_waits_and_use_of_devices_are_as_worked_out_by_hand(tmp_path: Path) 
     assert report_of(tmp_path / "none").jobs[0].time.mfu is None
 
 
+def test_nothing_is_claimed_of_a_plain_scripts_time(tmp_path: Path) -> None:
+    restarted = incident(1, 50, supported=False, served_by="restart", pause_s=8.0)
+    over = dataclasses.replace(end(100, 0), supported=False)
+    write(tmp_path, plain=[begin("plain")[0], restarted, over], j=golden_job())
+    report = report_of(tmp_path)
+    job = next(one for one in report.jobs if one.facts.summary.job == "plain")
+    assert (job.time.ettr, job.time.lost_s["start-up"], job.time.lost_s["pause"]) == (None, 0, 8)
+    assert report.totals.ettr == pytest.approx(364 / 400)
+    said = "nobody knows what was lost, not counted: run without trainonce.init"
+    assert said in render(report_of(tmp_path, job="plain"), detailed=True)
+    assert said in page(report)
+
+
 def test_clock_that_is_set_while_a_job_runs_moves_no_incident(tmp_path: Path) -> None:
     def set_back(event: Event) -> Event:
         return dataclasses.replace(event, wall_s=event.wall_s - 3600)
@@ -401,6 +414,7 @@ def test_the_command_prints_text_json_and_a_page(
     ("words", "said"),
     [
         (["--since", "soon"], "neither a date nor a length of time"),
+        (["--since", "0001-01-01"], "neither a date nor a length of time"),
         (["--country", "ATL"], "no carbon intensity is known"),
         (["--pue", "0.5"], "pue is 0.5"),
         (["--usd-per-gpu-hour", "nan"], "usd_per_gpu_hour is nan"),

@@ -186,7 +186,7 @@ class Supervisor:
             job.record(
                 JobEnded(
                     outcome=job.outcome, exit_code=job.exit_code, steps=job.step,
-                    reason=job.reason,
+                    reason=job.reason, supported=job.uses_trainonce,
                 )
             )  # fmt: skip
         if self.costs is not None:

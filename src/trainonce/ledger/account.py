@@ -30,7 +30,7 @@ class TimeAccount:
         elapsed_s: From beginning to end.
         lost_s: Seconds by cause, one entry for each of `CAUSES`.
         productive_s: What is left of `elapsed_s`.
-        ettr: `productive_s / elapsed_s`; None where nothing elapsed.
+        ettr: `productive_s / elapsed_s`; None where nothing elapsed, and for a plain script.
         goodput: Committed steps times the median step time, over `elapsed_s`, at most 1;
             None where no step time is known.
         mfu: Operations of committed steps over what the ranks' devices can do in `elapsed_s`;
@@ -72,7 +72,7 @@ def account(facts: JobFacts) -> TimeAccount:
         elapsed_s=elapsed_s,
         lost_s=lost_s,
         productive_s=productive_s,
-        ettr=productive_s / elapsed_s if elapsed_s else None,
+        ettr=productive_s / elapsed_s if elapsed_s and facts.supported else None,
         goodput=min(1.0, useful_s / elapsed_s) if elapsed_s and facts.step_s else None,
         mfu=num_steps * facts.flops_per_step / could if could and facts.flops_per_step else None,
         samples_per_s=facts.samples / elapsed_s if elapsed_s else 0.0,
@@ -80,6 +80,8 @@ def account(facts: JobFacts) -> TimeAccount:
 
 
 def _startup_s(facts: JobFacts) -> float:
+    if not facts.supported:
+        return 0.0  # it never says that it has begun
     if facts.formed_s is not None:
         return facts.formed_s
     if facts.progress:

@@ -56,6 +56,7 @@ class JobFacts:
         samples: Samples consumed at the last word.
         tokens: Tokens consumed at the last word.
         resumed_from: Folder of the checkpoint the job began from, or "".
+        supported: The script calls `trainonce.init()`, as far as is known.
         incidents: In order.
         checkpoints: In order.
         faults: Chaos that fired.
@@ -85,6 +86,7 @@ class JobFacts:
     samples: int
     tokens: int
     resumed_from: str
+    supported: bool
     incidents: list[Incident]
     checkpoints: list[CheckpointSaved]
     faults: list[FaultInjected]
@@ -146,6 +148,7 @@ def gather(summary: JobSummary, events: Iterable[Event], now_wall_s: float) -> J
         samples=progress[-1].samples if progress else 0,
         tokens=progress[-1].tokens if progress else 0,
         resumed_from=start.resumed_from if start else "",
+        supported=all(event.supported for event in (*ends, *_of(found, Incident))),
         incidents=_of(found, Incident),
         checkpoints=_of(found, CheckpointSaved),
         faults=_of(found, FaultInjected),

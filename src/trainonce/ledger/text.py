@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trainonce.ledger.guarantee import FAILURE
 from trainonce.ledger.words import count, day, duration, hours, percent, usd, when
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from trainonce.ledger.economics import Audit, Energy
     from trainonce.ledger.facts import JobFacts
     from trainonce.ledger.guarantee import Guarantee
-    from trainonce.ledger.report import JobReport, Report, Totals
+    from trainonce.ledger.report import IncidentReport, JobReport, Report, Totals
 
 _NO_PRICE = "no price set: use --usd-per-gpu-hour, or [economics] in settings.toml"
 
@@ -89,6 +90,15 @@ def energy_words(energy: Energy) -> str:
         words += f", {energy.co2_kg:.4g} kg CO2e"
     kind = "estimate" if energy.is_estimate else "measured"
     return f"{words} ({kind}: {energy.source})"
+
+
+def mark(incident: IncidentReport) -> str:
+    """Return whether progress was lost, and whether that counts."""
+    words = "no lost progress" if incident.resolved else "PROGRESS LOST"
+    if not incident.event.supported:
+        words = "nobody knows what was lost"
+    apart = "" if incident.counts_as == FAILURE else f", not counted: {incident.counts_as}"
+    return words + apart
 
 
 def seen_lines(facts: JobFacts) -> list[str]:
@@ -178,9 +188,7 @@ def _job(job: JobReport) -> list[str]:
     lines += [f"    {cause:<22}{duration(lost)}" for cause, lost in time.lost_s.items()]
     lines += ["", "  Incidents:" if job.incidents else "  No incidents."]
     for number, incident in enumerate(job.incidents, 1):
-        mark = "no lost progress" if incident.resolved else "PROGRESS LOST"
-        apart = "" if incident.counts_as == "failure" else f", not counted: {incident.counts_as}"
-        lines.append(f"    {number}. {incident.sentence} [{mark}{apart}]")
+        lines.append(f"    {number}. {incident.sentence} [{mark(incident)}]")
     if seen := seen_lines(job.facts):
         lines += ["", "  Seen:", *(f"    {line}" for line in seen)]
     return [*lines, "", *_money(job)]
@@ -269,7 +277,7 @@ def _totals(title: str, totals: Totals) -> list[str]:
     )
     if totals.it_kwh is not None:
         carbon = "" if totals.co2_kg is None else f", {totals.co2_kg:.4g} kg CO2e"
-        kind = "partly estimated" if totals.energy_is_estimate else "measured"
+        kind = "estimated, at least in part" if totals.energy_is_estimate else "measured"
         rest = (
             f", {count(totals.jobs_without_energy, 'job')} without"
             if totals.jobs_without_energy

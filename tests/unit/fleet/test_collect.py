@@ -300,6 +300,11 @@ def test_reporter_tells_verdicts_and_what_is_missing():
     assert (silent.readings, silent.verdicts) == ((), ())  # but not for ever
 
 
+def test_name_that_no_collector_would_take_is_refused_at_once():
+    with pytest.raises(ConfigError, match="'a b' is no name of a host"):
+        Reporter("a b", Sources(), list, FakeClock())
+
+
 def test_two_sources_of_one_device_do_not_hide_each_other():
     driver = Reading(mono_s=1.0, host="h", device="gpu0", temperature_c=61.0, xids=(31,))
     log = Reading(mono_s=1.1, host="h", device="gpu0", xids=(13,))
@@ -380,12 +385,20 @@ def test_whatever_answers_instead_of_a_collector_ends_no_agent(answer):
         ("http://127.example.org:9420", "", "needs a token"),
         ("collector:9420", "", "is no URL"),
         ("ftp://collector", "", "is no URL"),
+        ("http://127.0.0.1:port", "", "is no URL"),
+        ("http://[::1", "", "is no URL"),
         ("http://10.0.0.1:9420", "", "needs a token"),
     ],
 )
 def test_agent_refuses_what_cannot_be_a_collector(url, token, says):
     with pytest.raises(ConfigError, match=says):
         Sender(url, token=token)
+
+
+@pytest.mark.parametrize("address", [("127.0.0.1", 10**6), ("127.0.0.1", -1), ("a..b", 0)])
+def test_collector_that_cannot_listen_says_so(address):
+    with pytest.raises(ConfigError, match=f"cannot listen on {address[0]}:{address[1]}"):
+        Collector(address, Book(FakeClock()), token="0123456789abcdef")
 
 
 def test_collector_listens_beyond_loopback_only_with_a_token():

@@ -6,6 +6,7 @@ later; meanwhile nothing piles up, since only the last readings are worth sendin
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import random
 import ssl
@@ -23,6 +24,7 @@ from trainonce.fleet.collect.message import (
     DeviceVerdict,
     HostReport,
     JobStatus,
+    is_name,
 )
 from trainonce.fleet.feed import read_all
 from trainonce.fleet.health import HealthWatch
@@ -51,11 +53,19 @@ class Reporter:
         sources: To read.
         jobs: Returns the jobs that run here.
         clock: Tells how old readings are.
+
+    Raises:
+        ConfigError: `host` is no name.
     """
 
     def __init__(
         self, host: str, sources: Sources, jobs: Callable[[], list[JobStatus]], clock: Clock
     ) -> None:
+        if not is_name(host):
+            raise ConfigError(
+                f"{host!r} is no name of a host",
+                hint="up to 128 letters, digits, dots, colons, hyphens and underscores",
+            )
         self._host = host
         self._sources = sources
         self._jobs = jobs
@@ -116,18 +126,16 @@ class Sender:
     """
 
     def __init__(self, url: str, *, token: str = "", ca: Path | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{url!r} is no URL", hint="such as https://collector:9420")
-        if not token and not is_loopback(parts.hostname):
+        scheme, host = _scheme_and_host(url)
+        if not token and not is_loopback(host):
             raise ConfigError(
-                f"the collector at {parts.hostname} is beyond loopback and needs a token",
+                f"the collector at {host} is beyond loopback and needs a token",
                 hint="pass --token-file with the token that it has",
             )
         self._url = f"{url.rstrip('/')}/v1/report"
         self._token = token
         self._context = None
-        if parts.scheme == "https":
+        if scheme == "https":
             try:
                 self._context = ssl.create_default_context(cafile=ca and str(ca))
             except (OSError, ssl.SSLError) as error:
@@ -150,6 +158,14 @@ class Sender:
             return f"HTTP {error.code}: {_said(error)}"
         except (OSError, http.client.HTTPException, ValueError) as error:
             return f"{type(error).__name__}: {error}"
+
+
+def _scheme_and_host(url: str) -> tuple[str, str]:
+    with contextlib.suppress(ValueError):  # a port that is no number, half an IPv6 address
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname
+    raise ConfigError(f"{url!r} is no URL", hint="such as https://collector:9420")
 
 
 def _said(error: urllib.error.HTTPError) -> str:

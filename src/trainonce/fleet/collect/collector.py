@@ -81,9 +81,10 @@ class Collector(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.address_family = socket.AF_INET6
         try:
             super().__init__(address, _Handler)
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:  # the last for ports and names
+            why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"cannot listen on {address[0]}:{address[1]}: {error.strerror}",
+                f"cannot listen on {address[0]}:{address[1]}: {why}",
                 hint="give this host's own address, and a port no one else uses",
             ) from error
 

@@ -120,8 +120,17 @@ def _list(value: Any, most: int, read: Callable[[Any], Any]) -> list[Any]:
     return [read(each) for each in value]
 
 
+def is_name(value: object) -> bool:
+    """Tell whether `value` can name a host, a device or a job."""
+    return (
+        isinstance(value, str)
+        and len(value) <= MAX_NAME_CHARS
+        and _NAME.fullmatch(value) is not None
+    )
+
+
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_NAME_CHARS or not _NAME.fullmatch(value):
+    if not is_name(value):
         raise ValueError(f"{value!r:.60} is no name")
     return value
 

@@ -212,7 +212,7 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     if shutdown_c is None or now_c < slowdown_c - limits.ramp_near_c:
         return found
     rise = find_rise(times, degrees)
-    per_min = rise.per_s * 60 if rise else 0.0
+    per_min = rise.per_s() * 60 if rise else 0.0
     if per_min > _WARM_UP_C_PER_MIN and now_c < slowdown_c:
         return found
     if rise and rise.heads_for(limits.ramp_ahead_s) >= shutdown_c:

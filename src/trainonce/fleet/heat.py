@@ -17,7 +17,7 @@ _MIN_RISE_C = 4.0
 # How fast curves come to rest; the last is a straight line.
 _TAUS_S = (15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1e6)
 _ROUNDING_C = 0.4  # of a sensor that tells whole degrees
-_LATELY_S = 120.0
+_JUST_NOW_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,9 @@ class Rise:
     times: NDArray[np.float64]
     degrees: NDArray[np.float64]
 
-    @property
-    def per_s(self) -> float:
-        """Degrees a second, lately."""
-        late = self.times >= self.times[-1] - _LATELY_S
+    def per_s(self, lately_s: float = 120.0) -> float:
+        """Return degrees a second, lately."""
+        late = self.times >= self.times[-1] - lately_s
         return _line(self.times[late], self.degrees[late])[0]
 
     def heads_for(self, ahead_s: float) -> float:
@@ -38,7 +37,8 @@ class Rise:
 
         A device that is given work nears a rest, ever more slowly; one that has lost its cooling
         goes on to where it cannot live. So curves that come to rest, and a line, are fitted, and
-        those count that fit about as well as the best.
+        those count that fit about as well as the best. So does the last minute: no curve fits a
+        rise that has just ended.
         """
         since_s = self.times - self.times[0]
         curves: list[tuple[float, float]] = []
@@ -48,7 +48,8 @@ class Rise:
             off = self.degrees - rest - slope * gone[:-1]
             curves.append((float(np.sqrt(np.mean(off**2))), rest + slope * float(gone[-1])))
         plausible = max(_ROUNDING_C, 1.1 * min(off for off, _ in curves))
-        return min(end_c for off, end_c in curves if off <= plausible)
+        just_now_c = float(self.degrees[-1]) + self.per_s(_JUST_NOW_S) * ahead_s
+        return min(just_now_c, *(end_c for off, end_c in curves if off <= plausible))
 
 
 def find_rise(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> Rise | None:

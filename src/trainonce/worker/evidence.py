@@ -30,12 +30,15 @@ def write_stacks_at_a_signal() -> int:
 
 
 def write_collectives(path: Path) -> None:
-    """Write the latest collectives of every backend that records them; no file where none does."""
+    """Write the latest collectives of every backend that records them; no file where none does.
+
+    Whatever torch or the disk says to that: it is called on the thread that hears the launcher.
+    """
     found: dict[str, Any] = {}
-    for backend, record in recorded_collectives().items():
-        entries = record.get("entries", [])
-        if entries:
-            found[backend] = {**record, "entries": entries[-_LATEST:]}
-    if found:
-        with contextlib.suppress(OSError):  # a full disk: the table and the stacks remain
+    with contextlib.suppress(Exception):
+        for backend, record in recorded_collectives().items():
+            entries = record.get("entries", [])
+            if entries:
+                found[backend] = {**record, "entries": entries[-_LATEST:]}
+        if found:
             path.write_text(json.dumps(found))

@@ -1,6 +1,6 @@
 """The typed records that every part reports.
 
-The ledger and the dashboard know these, and not the parts that emit them. An event is a
+The ledger knows these, and not the parts that emit them. An event is a
 frozen dataclass of plain values; `to_record` and `from_record` carry it as JSON. Adding a
 field with a default keeps old ledgers readable; renaming or removing one needs a new kind.
 """
@@ -50,13 +50,22 @@ class JobStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class JobEnded(Event):
-    """A job is over. `outcome`: "completed", "failed", "interrupted" or "lost"."""
+    """A job is over.
+
+    Args:
+        outcome: "completed", "failed", "interrupted" or "lost".
+        exit_code: The launcher's.
+        steps: Committed steps.
+        reason: Why it ended so.
+        supported: The script called `trainonce.init()`; nothing is known of a plain script's time.
+    """
 
     kind: ClassVar[str] = "job_ended"
     outcome: str
     exit_code: int
     steps: int
     reason: str = ""
+    supported: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +82,7 @@ class GenerationFormed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Incident(Event):
-    """A failure, a move or a false alarm, and how it was served.
+    """A failure, a move or a false alarm, and how it was served. Its time is that of detection.
 
     Args:
         incident: Counts from 1 within the job.
@@ -97,6 +106,10 @@ class Incident(Event):
         digest_before: Digest of the replicated state as the donor gave it.
         digest_after: The same as the newcomer received it.
         waited_for_spare_s: Part of the pause spent waiting for a worker to start.
+        host: Where it happened.
+        pids: Of the processes that it hit.
+        supported: The script calls `trainonce.init()`. A plain script is restarted as a whole, and
+            nobody knows what it loses.
     """
 
     kind: ClassVar[str] = "incident"
@@ -121,6 +134,7 @@ class Incident(Event):
     waited_for_spare_s: float = 0.0
     host: str = ""
     pids: list[int] = field(default_factory=lambda: [])
+    supported: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +151,22 @@ class FaultInjected(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressMade(Event):
-    """A sample of the job's progress, every few seconds and at the end."""
+    """A sample of the job's progress, every few seconds and at the end.
+
+    Args:
+        step: Committed steps.
+        samples: Consumed by committed steps, all ranks.
+        tokens: The same.
+        ranks_alive: Ranks that run.
+        spares_ready: Spares that stand ready.
+        step_s: Median duration of the latest steps.
+        loss: Mean over the ranks that recorded one.
+        loader_s: Seconds that the last step waited for its batch, on the rank that waited longest.
+        device_use: Mean share of the time in which the ranks' devices were busy; None where no
+            source of health signals tells.
+        flops_per_step: Operations of a step, all ranks; 0 where the script does not count them.
+        peak_flops: Operations a second that the ranks' devices can do; 0 where not known.
+    """
 
     kind: ClassVar[str] = "progress"
     step: int
@@ -147,6 +176,10 @@ class ProgressMade(Event):
     spares_ready: int
     step_s: float
     loss: float | None = None
+    loader_s: float = 0.0
+    device_use: float | None = None
+    flops_per_step: int = 0
+    peak_flops: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

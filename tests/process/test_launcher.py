@@ -198,7 +198,7 @@ def test_stopped_rank_is_noticed_killed_and_replaced(launch):
     while Path(f"/proc/{one.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         pass
     assert spare.hear("Generation")["rank"] == 1
-    zero.hear("DumpStacks")
+    zero.hear("DumpCollectives")
     one.wait_end()
     for worker in (zero, spare):
         worker.send("Formed", generation=2, step=0)

@@ -63,6 +63,13 @@ def test_a_rank_that_is_saving_or_compiling_is_waited_for():
     assert judge_progress([*ranks(Phase.WAITING), busy], LIMITS).action is Action.WAIT
 
 
+def test_rank_that_waits_inside_its_backward_pass_is_known_by_its_open_collective():
+    reduces = RankStatus(rank=0, phase=Phase.COMPUTING, silent_s=20, issued=14, pending=1)
+    hangs = RankStatus(rank=1, phase=Phase.COMPUTING, silent_s=20, issued=13)
+    decision = judge_progress([reduces, hangs], LIMITS)
+    assert (decision.action, decision.ranks) == (Action.REPLACE, (1,))
+
+
 def test_ranks_that_all_wait_are_connected_again_and_none_is_killed():
     assert judge_progress(ranks(Phase.WAITING, Phase.WAITING), LIMITS).action is Action.REFORM
 

@@ -134,10 +134,12 @@ def test_report_alerts_each_crossed_threshold_once(
     (tmp_path / "settings.toml").write_text(
         "[economics]\nusd_per_gpu_hour = 3\n[[budget]]\nname = 'small'\nmetric = 'cost_usd'\n"
         f"limit = 2\nwebhook = '{receiver.url}'\n"
+        "[[budget]]\nname = 'time'\nmetric = 'hours'\nlimit = 0.1\nthresholds = [1.0]\n"
     )
     for _ in range(2):
         assert main(["report", "last", "--home", str(tmp_path), "--alert"]) == 0
     out = capsys.readouterr()
     assert sorted(body["threshold"] for body in receiver.bodies) == [0.5, 0.8]
-    assert out.err.count("alert: job golden") == 2
+    assert out.err.count("alert: job golden") == 3
+    assert out.err.count("used 0.1111 hours, over 100% of 0.1 (budget time)") == 1
     assert "Budget small: crossed 50.0 % of 2 cost_usd" in out.out

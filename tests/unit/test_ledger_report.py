@@ -8,7 +8,7 @@ import pytest
 
 from trainonce.cli.main import main
 from trainonce.errors import JobNotFoundError
-from trainonce.events import FaultInjected, Incident, JobStarted
+from trainonce.events import Event, FaultInjected, Incident, JobStarted
 from trainonce.ledger import prices
 from trainonce.ledger.guarantee import classify, clopper_pearson, is_resolved, judge
 from trainonce.ledger.page import page
@@ -72,11 +72,66 @@ def test_money_of_the_golden_job_is_as_worked_out_by_hand(tmp_path: Path) -> Non
     assert (money.energy.is_estimate, money.energy.source) == (False, "nvml")
 
 
+def test_mfu_waits_and_use_of_devices_are_as_worked_out_by_hand(tmp_path: Path) -> None:
+    samples = [
+        dataclasses.replace(
+            progress(s, s), loader_s=0.125, device_use=use, flops_per_step=flops, peak_flops=peak
+        )
+        for s, use, flops, peak in (
+            (50, None, 0, 0), (60, 0.5, 8000, 100_000), (70, 0.9, 8000, 100_000),
+        )
+    ]  # fmt: skip
+    write(tmp_path, j=[*begin("j"), *samples, end(100, 150)])
+    report = report_of(tmp_path, job="j")
+    (job,) = report.jobs
+    # 150 steps of 8,000 operations in 100 s on devices that could do 100,000 a second.
+    assert job.time.mfu == pytest.approx(150 * 8000 / (100 * 100_000))
+    assert report.totals.mfu == pytest.approx(0.12)
+    assert job.facts.device_use == pytest.approx(0.7)
+    for text in (render(report, detailed=True), page(report)):
+        assert "MFU 12.0" in text
+        assert "A step takes 0.500 s and waits 0.125 s for its batch (20.0" in text
+        assert "devices busy: 70.0" in text
+    assert report_of(tmp_path, job="j").jobs[0].time.mfu == job.time.mfu
+    write(tmp_path / "none", golden=golden_job())
+    assert report_of(tmp_path / "none").jobs[0].time.mfu is None
+
+
+def test_nothing_is_claimed_of_a_plain_scripts_time(tmp_path: Path) -> None:
+    restarted = incident(1, 50, supported=False, served_by="restart", pause_s=8.0)
+    over = dataclasses.replace(end(100, 0), supported=False)
+    write(tmp_path, plain=[begin("plain")[0], restarted, over], j=golden_job())
+    report = report_of(tmp_path)
+    job = next(one for one in report.jobs if one.facts.summary.job == "plain")
+    assert (job.time.ettr, job.time.lost_s["start-up"], job.time.lost_s["pause"]) == (None, 0, 8)
+    assert report.totals.ettr == pytest.approx(364 / 400)
+    said = "nobody knows what was lost, not counted: run without trainonce.init"
+    assert said in render(report_of(tmp_path, job="plain"), detailed=True)
+    assert said in page(report)
+
+
+def test_clock_that_is_set_while_a_job_runs_moves_no_incident(tmp_path: Path) -> None:
+    def set_back(event: Event) -> Event:
+        return dataclasses.replace(event, wall_s=event.wall_s - 3600)
+
+    events = [checkpoint(50, 50), incident(1, 60, step=80, pause_s=2.0), checkpoint(61, 81)]
+    calm = [*begin("j"), *events, progress(150, 50), end(200, 100)]
+    shaken = [*begin("j"), *map(set_back, calm[2:])]
+    for home, jobs in (("calm", calm), ("shaken", shaken)):
+        write(tmp_path / home, j=jobs)
+    first, second = (report_of(tmp_path / home).jobs[0] for home in ("calm", "shaken"))
+    assert second.time == first.time
+    assert second.economics.audits == first.economics.audits
+    assert first.economics.audits[0].base_step == 50
+
+
 def test_only_unplanned_failures_count_for_the_guarantee(tmp_path: Path) -> None:
     write(tmp_path, golden=golden_job())
     guarantee = report_of(tmp_path).guarantee
     assert (guarantee.n, guarantee.resolved, guarantee.verdict) == (2, 2, "kept")
-    assert guarantee.apart == {"chaos": 1, "planned move": 1, "exception in user code": 0}
+    assert guarantee.apart == {
+        "chaos": 1, "planned move": 1, "exception in user code": 0, "run without trainonce.init": 0,
+    }  # fmt: skip
     assert guarantee.by_cause == {"signal": (1, 1), "hang": (1, 1)}
 
 
@@ -120,6 +175,7 @@ def test_incidents_of_another_contract_year_do_not_count() -> None:
         ({"chaos": True}, "chaos"),
         ({"planned": True, "cause": "migration"}, "planned move"),
         ({"cause": "exception", "detail": "ValueError: x"}, "exception in user code"),
+        ({"supported": False}, "run without trainonce.init"),
         ({"cause": "exception", "detail": "CUDA out of memory. NCCL"}, "exception in user code"),
         ({"cause": "exception", "detail": "CUDA error: uncorrectable ECC error"}, "failure"),
         ({"cause": "exception", "detail": "NCCL error: unhandled system error"}, "failure"),
@@ -358,6 +414,7 @@ def test_the_command_prints_text_json_and_a_page(
     ("words", "said"),
     [
         (["--since", "soon"], "neither a date nor a length of time"),
+        (["--since", "0001-01-01"], "neither a date nor a length of time"),
         (["--country", "ATL"], "no carbon intensity is known"),
         (["--pue", "0.5"], "pue is 0.5"),
         (["--usd-per-gpu-hour", "nan"], "usd_per_gpu_hour is nan"),

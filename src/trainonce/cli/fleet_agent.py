@@ -30,16 +30,16 @@ def run(args: argparse.Namespace) -> int:
     token = read_token(args.token_file, []) if args.token_file else ""
     sender = Sender(args.collector, token=token, ca=args.tls_ca)
     words = [word.strip() for word in args.sources.split(",")]
-    opened = open_sources(words, host=args.host, clock=SystemClock(), disk=settings.home())
+    clock = SystemClock()
+    opened = open_sources(words, host=args.host, clock=clock, disk=settings.home())
     for why in opened.missing.values():
         _say(f"note: {why}")
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stop.set())
     _say(f"reporting {args.host} to {args.collector} every {args.every_s:g} s")
-    run_agent(
-        Reporter(args.host, opened, _jobs), sender, every_s=args.every_s, wait=stop.wait, say=_say
-    )
+    reporter = Reporter(args.host, opened, _jobs, clock)
+    run_agent(reporter, sender, every_s=args.every_s, wait=stop.wait, say=_say)
     return 0
 
 

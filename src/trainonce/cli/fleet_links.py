@@ -13,6 +13,7 @@ from trainonce.fleet.links.draw import draw_topology
 from trainonce.fleet.links.locate import Finding, locate
 from trainonce.fleet.links.record import HostRecord
 from trainonce.fleet.links.topology import Fabric, build_fabric
+from trainonce.fleet.records import finite
 
 if TYPE_CHECKING:
     import argparse
@@ -103,10 +104,10 @@ def _read_offsets(path: Path, names: dict[str, str]) -> dict[str, ClockOffset]:
         hosts = json.loads(path.read_text(encoding="utf-8"))["hosts"]
         return {
             names.get(str(host), str(host)): ClockOffset(
-                offset_s=float(each["offset_s"]),
-                bound_s=float(each["bound_s"]),
-                skew=float(each["skew"]),
-                at_s=float(each["at_s"]),
+                offset_s=finite(each["offset_s"]),
+                bound_s=finite(each["bound_s"]),
+                skew=finite(each["skew"]),
+                at_s=finite(each["at_s"]),
             )
             for host, each in hosts.items()
         }

@@ -92,7 +92,8 @@ def _alert(report: Report, economics: EconomicsSettings, ledger: Ledger) -> None
     threads: list[threading.Thread | None] = []
     for job in report.jobs:
         summary = job.facts.summary
-        for alert in watch.observe(summary.job, summary.project, amounts(job.economics)):
+        used = amounts(job.time.elapsed_s, job.economics)
+        for alert in watch.observe(summary.job, summary.project, used):
             ledger.append(alert.job, alert.event)
             event = alert.event
             print(
@@ -115,13 +116,12 @@ def _since(text: str, now_wall_s: float) -> float:
     if match:
         return now_wall_s - float(match[1]) * _UNITS_S[match[2]]
     try:
-        moment = datetime.datetime.fromisoformat(text)
-    except ValueError:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):  # the year 1 has no time stamp everywhere
         raise ConfigError(
             f"--since {text!r} is neither a date nor a length of time",
             hint="write 2026-01-31, 2026-01-31T12:00, 30m, 12h, 7d or 4w",
         ) from None
-    return moment.timestamp()
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # A verdict that comes and goes is told again only after so long.
 _TOLD_S = 600.0
+# What a source said of a device's use that has fallen silent holds for so long.
+_USE_S = 60.0
 _ACTIONS = ("none", "note", "suspect", "migrate")
 _SUSPECT, _MIGRATE = 2, 3
 
@@ -36,11 +38,13 @@ class Health:
         self._feed = feed
         self._settings = settings
         self._pci: dict[str, str] = {}
+        self._use: dict[tuple[str, str], tuple[float, float]] = {}  # share, when
         self._now: dict[tuple[str, str], Finding] = {}
         self._told_s: dict[tuple[str, str, int], float] = {}
         self._moves: list[Move] = []
         self._moving: set[int] = set()
         job.is_unfit = self._is_unfit
+        job.device_use = self._device_use
 
     def start(self) -> None:
         """Begin to read."""
@@ -54,6 +58,8 @@ class Health:
         """Take in what is new, and act on what stands."""
         news = self._feed.take()
         self._pci = news.pci or self._pci
+        now_s = self._job.clock.mono_s()
+        self._use |= {place: (share, now_s) for place, share in news.use.items()}
         asked = set(self._settings.sources) - {"auto"}
         for word, why in news.missing.items():
             if any(each.partition(":")[0] == word.partition(":")[0] for each in asked):
@@ -69,14 +75,25 @@ class Health:
         """Return the device that a worker holds, as signals call it; empty where it has none."""
         return self._pci.get(handle.device, f"pci:{handle.device}" if handle.device else "")
 
+    def _names(self, handle: WorkerHandle) -> tuple[str, str]:
+        """Return what signals may call the device that a worker holds."""
+        return self.device_of(handle), f"worker{handle.worker}"
+
     def _holds(self, handle: WorkerHandle, finding: Finding) -> bool:
         if handle.host != finding.host or not finding.device:
             return False
-        return finding.device in (self.device_of(handle), f"worker{handle.worker}")
+        return finding.device in self._names(handle)
 
     def _is_unfit(self, handle: WorkerHandle) -> bool:
         bad = [f for f in self._now.values() if f.verdict.action >= _SUSPECT]
         return any(self._holds(handle, finding) for finding in bad)
+
+    def _device_use(self) -> float | None:
+        since_s = self._job.clock.mono_s() - max(_USE_S, 2 * self._settings.every_s)
+        places = [(h.host, name) for h in self._job.ranked() for name in self._names(h)]
+        seen = [self._use[place] for place in places if place in self._use]
+        known = [share for share, when_s in seen if when_s >= since_s]
+        return sum(known) / len(known) if known else None
 
     def _tell(self, finding: Finding) -> None:
         job = self._job
@@ -112,7 +129,7 @@ class Health:
                 now_s=job.clock.mono_s(),
                 spares_ready=sum(s.fit and bool(s.where) for s in job.spare_statuses()),
                 moves=self._moves,
-                limits=self._settings.move_limits,
+                limits=self._settings,
             )
             if not decision.allowed:
                 job.say(

@@ -161,8 +161,9 @@ class IncidentTracker:
 
     def _finish(self, incident: OpenIncident, resumed_mono_s: float) -> None:
         recovered_s = incident.recovered_mono_s or resumed_mono_s
+        ago_s = self._clock.mono_s() - incident.detected_mono_s
         event = Incident(
-            wall_s=self._clock.wall_s(),
+            wall_s=self._clock.wall_s() - ago_s,
             mono_s=incident.detected_mono_s,
             incident=incident.number,
             ranks=incident.ranks,

@@ -63,7 +63,8 @@ class Doom:
 class WorkerHandle:
     """One worker as the launcher knows it.
 
-    `rank` is -1 while it holds none; `device` is the PCI address of its GPU, empty for none.
+    `rank` is -1 while it holds none; `device` is the PCI address of its GPU, empty for none;
+    `stacks_signal` makes it write its stacks, 0 for none.
     """
 
     worker: int
@@ -83,6 +84,7 @@ class WorkerHandle:
     stopped_since_s: float | None = None
     promoted_s: float | None = None
     device: str = ""
+    stacks_signal: int = 0
 
     @property
     def host(self) -> str:
@@ -147,6 +149,7 @@ class Job:
         self.forming_since_s = clock.mono_s()
         self.on_incident: Callable[[Incident, str], None] | None = None
         self.is_unfit: Callable[[WorkerHandle], bool] = lambda _: False
+        self.device_use: Callable[[], float | None] = lambda: None
         self.draining: list[Callable[[WorkerHandle], bool]] = []
         self._ledger = ledger
         self.store = store
@@ -175,6 +178,7 @@ class Job:
         self._ledger.append(self.id, event)
 
     def _incident_closed(self, event: Incident, sentence: str) -> None:
+        event = dataclasses.replace(event, supported=self.uses_trainonce)
         self.record(event)
         self.say(sentence)
         if self.on_incident is not None:

@@ -25,6 +25,7 @@ class Snapshot:
     tokens: int = 0
     flops_per_step: int = 0
     peak_flops: int = 0
+    loader_s: float = 0.0
     ranks_alive: int
     world_size: int
     spares_ready: int

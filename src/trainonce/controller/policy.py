@@ -75,6 +75,7 @@ class RankStatus:
         phase: What it is doing.
         commits: Committed steps.
         issued: Collectives issued by its worker.
+        pending: Those of them that are not complete.
         silent_s: Since something on its page last changed.
         busy_s: For how much longer it said it would be saving or compiling.
         stopped_s: For how long its process has been stopped; 0 if it runs.
@@ -85,10 +86,16 @@ class RankStatus:
     phase: Phase
     commits: int = 0
     issued: int = 0
+    pending: int = 0
     silent_s: float = 0.0
     busy_s: float = 0.0
     stopped_s: float = 0.0
     newcomer: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for others; DDP's reducer does so inside its backward pass."""
+        return self.phase == Phase.WAITING or self.pending > 0
 
 
 _OUTSIDE = (Phase.STARTING, Phase.SETUP, Phase.BETWEEN)
@@ -133,8 +140,8 @@ def judge_progress(
     if not ranks or any(r.busy_s > 0 for r in ranks):
         return Decision(Action.WAIT, "a rank is saving or compiling")
     silent_s = min(r.silent_s for r in ranks)
-    waiting = [r for r in ranks if r.phase == Phase.WAITING]
-    others = [r for r in ranks if r.phase not in (Phase.WAITING, Phase.DONE, Phase.DRAINED)]
+    waiting = [r for r in ranks if r.waits]
+    others = [r for r in ranks if not r.waits and r.phase not in (Phase.DONE, Phase.DRAINED)]
     outside = bool(others) and all(r.phase in _OUTSIDE for r in others)
     limit_s = max(
         limits.outside_floor_s if outside else limits.floor_s,

@@ -186,7 +186,7 @@ class Supervisor:
             job.record(
                 JobEnded(
                     outcome=job.outcome, exit_code=job.exit_code, steps=job.step,
-                    reason=job.reason,
+                    reason=job.reason, supported=job.uses_trainonce,
                 )
             )  # fmt: skip
         if self.costs is not None:
@@ -260,6 +260,7 @@ class Supervisor:
         job = self.job
         handle.said_hello = True
         handle.device = message.device
+        handle.stacks_signal = message.stacks_signal
         handle.process.trust()
         first = not job.uses_trainonce
         job.uses_trainonce = True

@@ -11,7 +11,7 @@ from trainonce.controller.live import Snapshot
 from trainonce.controller.pace import Pace
 from trainonce.controller.policy import Action, Decision, RankStatus, judge_progress
 from trainonce.events import ProgressMade
-from trainonce.wire.messages import Committed, DumpStacks
+from trainonce.wire.messages import Committed, DumpCollectives
 from trainonce.wire.progress import Phase
 
 if TYPE_CHECKING:
@@ -100,6 +100,10 @@ class Watch:
                 step_s=sorted(self._step_times)[len(self._step_times) // 2]
                 if self._step_times else 0.0,
                 loss=now.loss,
+                loader_s=now.loader_s,
+                device_use=self._job.device_use(),
+                flops_per_step=now.flops_per_step,
+                peak_flops=now.peak_flops,
             )
         )  # fmt: skip
 
@@ -112,12 +116,14 @@ class Watch:
         losses = [struct.unpack("d", struct.pack("q", p["loss_bits"]))[0] for _h, p in pages]
         # A page that no worker has written yet reads 0.0.
         known = [loss for loss in losses if loss == loss and loss != 0.0]
+        peaks = [p["peak_flops"] for _h, p in pages]
         self.snapshot = Snapshot(
             step=job.step,
             samples=max(sum(p["samples"] for _h, p in pages), 0),
             tokens=sum(p["tokens"] for _h, p in pages),
             flops_per_step=sum(p["flops"] for _h, p in pages),
-            peak_flops=sum(p["peak_flops"] for _h, p in pages),
+            peak_flops=sum(peaks) if all(peaks) else 0,
+            loader_s=max((p["loader_ns"] for _h, p in pages), default=0) / 1e9,
             ranks_alive=len(pages),
             world_size=job.options.nproc,
             spares_ready=sum(bool(h.parked) for h in job.spares()),
@@ -160,6 +166,7 @@ class Watch:
             phase=Phase(page["phase"]) if page["phase"] in list(Phase) else Phase.STARTING,
             commits=page["commits"],
             issued=page["issued"],
+            pending=page["issued"] - page["completed"],
             silent_s=max(0.0, now - changed_s),
             busy_s=max(0.0, page["busy_until_mono_ns"] / 1e9 - now),
             stopped_s=now - handle.stopped_since_s if handle.stopped_since_s is not None else 0.0,
@@ -180,8 +187,12 @@ class Watch:
 
     def _keep_evidence(self, decision: Decision, statuses: list[RankStatus]) -> None:
         job = self._job
-        for handle in job.ranked():
-            handle.send(DumpStacks())
+        name = f"hang_generation_{job.membership.generation}"
         lines = [f"{decision.action.value} ranks {list(decision.ranks)}: {decision.reason}"]
         lines += [str(status) for status in statuses]
-        job.logs.write(f"hang_generation_{job.membership.generation}.txt", "\n".join(lines) + "\n")
+        table = job.logs.write(f"{name}.txt", "\n".join(lines) + "\n")
+        for handle in job.ranked():
+            if handle.stacks_signal:
+                handle.process.signal_leader(handle.stacks_signal)
+            path = table.with_name(f"{name}_rank_{handle.rank}_collectives.json").absolute()
+            handle.send(DumpCollectives(path=str(path)))

@@ -81,6 +81,10 @@ class WorkerProcess(Protocol):
         """Send `signum` to the worker and to the processes it started. No error if gone."""
         ...
 
+    def signal_leader(self, signum: int) -> None:
+        """Send `signum` to the worker alone. No error if gone."""
+        ...
+
     def reap(self) -> ExitStatus:
         """Kill what is left of the worker's processes and collect its exit status.
 

@@ -85,6 +85,12 @@ class LocalProcess:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signum)
 
+    def signal_leader(self, signum: int) -> None:
+        """Send `signum` to the worker; nothing happens once it was reaped."""
+        if self._status is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self.pid, signum)
+
     def reap(self) -> ExitStatus:
         """Kill the rest of the group, then collect the leader."""
         if self._status is None:

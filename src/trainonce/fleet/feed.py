@@ -26,49 +26,31 @@ _JOIN_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealthSettings:
+class HealthSettings(MoveLimits):
     """What is read of a host, how often, and what may follow; `[health]` in settings.toml.
 
     Args:
         sources: Words of `trainonce.fleet.sources.words.HINT`.
         every_s: Time between two readings.
         move: Whether a rank is moved away from a failing device, or only told about.
-        per_h: Planned moves of a job an hour.
-        rest_s: Between two of them.
-        per_device_day: Away from one device, a day.
-        keep_spares: Spares that are left for failures.
     """
 
     sources: tuple[str, ...] = ("auto",)
     every_s: float = 10.0
     move: bool = True
-    per_h: int = 4
-    rest_s: float = 60.0
-    per_device_day: int = 2
-    keep_spares: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.sources)
         if not 0.01 <= self.every_s <= 3600:
             raise ConfigError(
                 f"health signals every {self.every_s!r} s", hint="give 0.01 to 3600 seconds"
             )
-        _ = self.move_limits
 
     @property
     def is_off(self) -> bool:
         """Whether nothing is to be read."""
         return set(self.sources) <= {"none"}
-
-    @property
-    def move_limits(self) -> MoveLimits:
-        """The guard of planned moves."""
-        return MoveLimits(
-            per_h=self.per_h,
-            rest_s=self.rest_s,
-            per_host_day=self.per_device_day,
-            keep_spares=self.keep_spares,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +64,19 @@ class Finding:
 
 @dataclass(kw_only=True)
 class News:
-    """What came since the last time it was asked for."""
+    """What came since the last time it was asked for.
+
+    Args:
+        findings: Verdicts that changed.
+        missing: Source to why it cannot be read, those that could before.
+        pci: PCI address to device.
+        use: (host, device) to the share of the time in which it was busy.
+    """
 
     findings: list[Finding] = field(default_factory=lambda: [])
     missing: dict[str, str] = field(default_factory=lambda: {})
-    read: tuple[str, ...] = ()
     pci: dict[str, str] = field(default_factory=lambda: {})
+    use: dict[tuple[str, str], float] = field(default_factory=lambda: {})
 
 
 class Feed:
@@ -133,7 +122,6 @@ class Feed:
         silent: set[str] = set()
         with self._lock:
             self._news.missing |= opened.missing
-            self._news.read = tuple(source.name for source in opened.sources)
         while not self._stop.is_set():
             readings, missing = read_all(opened)
             fresh = {name: why for name, why in missing.items() if name not in silent}
@@ -149,6 +137,11 @@ class Feed:
                 self._news.findings += changed
                 self._news.missing |= fresh
                 self._news.pci = dict(opened.pci)
+                self._news.use |= {
+                    (one.host, one.device): one.utilisation
+                    for one in readings
+                    if one.utilisation is not None
+                }
             self._stop.wait(self._every_s)
         opened.close()
 

@@ -8,6 +8,7 @@ therefore ask for what the vendor calls fatal, or for what lasts.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -16,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainonce.errors import ConfigError
+from trainonce.fleet.heat import find_rise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
 
     from trainonce.fleet.signals import Reading
 
@@ -50,8 +50,7 @@ class HealthLimits:
         window_s: How far back readings count.
         throttled_share: Share of the window slowed by hardware protection.
         hot_s: How long the slowdown temperature must last.
-        ramp_ahead_s: A rise that lasted this long, or since the start, and that reaches shutdown
-            within as long again, is a reason to move.
+        ramp_ahead_s: A rise that reaches shutdown within this is a reason to move.
         ramp_near_c: Only from so many degrees below slowdown on; a warm-up ends below it.
         corrected_ecc_per_h: Corrected memory errors an hour.
         link_errors_per_h: NVLink errors or PCIe replays an hour.
@@ -102,9 +101,10 @@ _KERNEL_FAULTS = {
     "disk": (Action.NOTE, "a disk reported an error"),
     "out_of_memory": (Action.NOTE, "the kernel killed a process for memory"),
 }
-# A rate needs some time to be one, and a temperature trend some readings.
+# So fast a device warms up with work, too, and to anywhere below slowdown.
+_WARM_UP_C_PER_MIN = 8.0
+# A rate needs some time to be one.
 _MIN_RATE_S = 60.0
-_MIN_RAMP_READINGS = 6
 # Of one device, whatever it sends: ten minutes of three readings a second.
 _MAX_READINGS = 2000
 
@@ -196,7 +196,8 @@ def _throttling(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findin
 
 def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
     """Too hot for a while, or rising steadily towards shutdown."""
-    known = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]
+    told = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]
+    known = [(when_s, degrees) for when_s, degrees in told if math.isfinite(degrees)]
     slowdown_c, shutdown_c = _latest(recent, "slowdown_c"), _latest(recent, "shutdown_c")
     if not known or slowdown_c is None:
         return []
@@ -208,34 +209,16 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     if hot:
         reason = f"{lasting.min():.0f} °C or more for {limits.hot_s:.0f} s"
         found.append((Action.SUSPECT, f"{reason}, slowdown at {slowdown_c:.0f} °C"))
-    trend = times > times[-1] - limits.ramp_ahead_s
-    near = now_c >= slowdown_c - limits.ramp_near_c
-    if shutdown_c is None or not near or trend.sum() < _MIN_RAMP_READINGS:
+    if shutdown_c is None or now_c < slowdown_c - limits.ramp_near_c:
         return found
-    rise = _rise_per_s(times[trend], degrees[trend])
-    ahead_s = (shutdown_c - now_c) / rise if rise > 0 else float("inf")
-    if ahead_s <= limits.ramp_ahead_s:
-        reason = f"{now_c:.0f} °C and rising {rise * 60:.1f} °C a minute"
+    rise = find_rise(times, degrees)
+    per_min = rise.per_s() * 60 if rise else 0.0
+    if per_min > _WARM_UP_C_PER_MIN and now_c < slowdown_c:
+        return found
+    if rise and rise.heads_for(limits.ramp_ahead_s) >= shutdown_c:
+        reason = f"{now_c:.0f} °C and rising {per_min:.1f} °C a minute"
         found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
     return found
-
-
-def _rise_per_s(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> float:
-    """Slope that one wrong reading does not move: the median over all pairs (Theil and Sen).
-
-    0 unless it rose from the first half to the second and on within that: a jump, or a warm-up
-    that has come to rest, is no ramp.
-    """
-    half = len(times) // 2
-    early, late = degrees[:half], degrees[half:]
-    rose = np.median(late) > np.median(early)
-    rises = np.median(late[len(late) // 2 :]) > np.median(late[: len(late) // 2])
-    if not (rose and rises):
-        return 0.0
-    i, j = np.triu_indices(len(times), k=1)
-    apart = times[j] > times[i]  # two sources may read at one instant
-    i, j = i[apart], j[apart]
-    return float(np.median((degrees[j] - degrees[i]) / (times[j] - times[i]))) if i.size else 0.0
 
 
 def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:

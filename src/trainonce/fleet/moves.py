@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Move:
-    """A planned migration that was made: away from `host`, at `mono_s`."""
+    """A planned migration that was made: away from the device `place`, at `mono_s`."""
 
-    host: str
+    place: str
     mono_s: float
 
 
@@ -34,32 +34,33 @@ class MoveLimits:
     Args:
         per_h: Moves of a job an hour.
         rest_s: Between two moves of a job.
-        per_host_day: Moves away from one host a day; more of them is flapping.
-        keep_spares: Spares that are left for failures, which are sure to need them.
+        per_device_day: Moves away from one device a day; more of them is flapping.
+        keep_spares: Spares that are left for failures.
     """
 
     per_h: int = 4
-    rest_s: float = 120.0
-    per_host_day: int = 2
-    keep_spares: int = 1
+    rest_s: float = 60.0
+    per_device_day: int = 2
+    keep_spares: int = 0
 
     def __post_init__(self) -> None:
-        if self.per_h < 1 or self.per_host_day < 1 or self.keep_spares < 0 or self.rest_s < 0:
+        sane = self.per_h >= 1 and self.per_device_day >= 1 and self.keep_spares >= 0
+        if not (sane and self.rest_s >= 0):
             raise ConfigError(f"limits of moves cannot be {self}")
 
 
 def may_move(
-    host: str,
+    place: str,
     *,
     now_s: float,
     spares_ready: int,
     moves: Sequence[Move],
     limits: MoveLimits | None = None,
 ) -> MoveDecision:
-    """Decide on a planned move away from `host`.
+    """Decide on a planned move away from `place`.
 
     Args:
-        host: The host that is suspected.
+        place: The device that will fail, with its host.
         now_s: Now, on the monotonic clock of `moves`.
         spares_ready: Spares that could take over at once.
         moves: The job's planned moves so far.
@@ -78,9 +79,10 @@ def may_move(
     hour = sum(now_s - move.mono_s < 3600 for move in moves)
     if hour >= limits.per_h:
         return MoveDecision(False, f"{hour} moves in the last hour, limit {limits.per_h}")
-    day = sum(move.host == host and now_s - move.mono_s < 86_400 for move in moves)
-    if day >= limits.per_host_day:
+    day = sum(move.place == place and now_s - move.mono_s < 86_400 for move in moves)
+    if day >= limits.per_device_day:
         return MoveDecision(
-            False, f"{day} moves away from {host} in a day, limit {limits.per_host_day}: it flaps"
+            False,
+            f"{day} moves away from {place} in a day, limit {limits.per_device_day}: it flaps",
         )
     return MoveDecision(True, f"{spares_ready} spares are ready, {hour} moves in the last hour")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # A Linux constant that the socket module does not name.
 _MSG_ERRQUEUE = 0x2000
 _HELLO_EVERY_S = 0.1
+# Packets of a socket before the clock is looked at again: a flood of strangers holds up nobody.
+_AT_ONCE = 256
 
 # What comes beside a packet: level, kind and data of each piece.
 Ancillary = list[tuple[int, int, bytes]]
@@ -168,7 +170,7 @@ class Prober:
 
     def _drain(self) -> None:
         for port, bound in enumerate(self._sockets):
-            while True:
+            for _ in range(_AT_ONCE):
                 try:
                     data, control, _, source = bound.recvmsg(PACKET_BYTES + 1, 256)
                 except BlockingIOError:

@@ -70,3 +70,25 @@ def address(value: Any) -> str:
         ValueError: `value` is none.
     """
     return str(ipaddress.IPv4Address(str(value)))
+
+
+def count(value: Any, *, most: int = 1 << 53) -> int:
+    """Return a number of things.
+
+    Raises:
+        ValueError: `value` is none, or more than `most`.
+    """
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"a number of things {value!r:.60}")
+    return value
+
+
+def finite(value: Any) -> float:
+    """Return a number that is neither infinite nor none.
+
+    Raises:
+        ValueError: `value` is no such number.
+    """
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:
+        raise ValueError(f"{value!r:.60} is no number")
+    return float(value)

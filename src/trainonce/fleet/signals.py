@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from trainonce.errors import ConfigError
 
@@ -81,6 +81,14 @@ class Reading:
         """Return what is known, as plain values."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None and v != ()}
 
+    def with_later(self, later: Reading) -> Reading:
+        """Return what both tell of the same device; where both tell, `later` holds."""
+        events = {
+            "xids": self.xids + later.xids,
+            "kernel_faults": self.kernel_faults + later.kernel_faults,
+        }
+        return dataclasses.replace(self, **{**later.to_record(), **events})
+
 
 _FIELDS = {item.name: item for item in dataclasses.fields(Reading)}
 
@@ -104,16 +112,21 @@ def from_record(record: object) -> Reading:
         if name in ("host", "device"):
             values[name] = str(value)[:MAX_NAME_CHARS]
         elif name == "xids":
-            values[name] = tuple(int(each) for each in value[:MAX_EVENTS])
+            values[name] = tuple(each for each in _events(name, value) if type(each) is int)
         elif name == "kernel_faults":
-            values[name] = tuple(str(each)[:80] for each in value[:MAX_EVENTS])
-        elif value is None or isinstance(value, bool) or not isinstance(value, int | float):
-            values[name] = None
+            values[name] = tuple(str(each)[:80] for each in _events(name, value))
         else:
-            values[name] = value if math.isfinite(value) and value >= 0 else None
+            known = isinstance(value, int | float) and not isinstance(value, bool)
+            values[name] = value if known and 0 <= value < math.inf else None
     if values["mono_s"] is None:
         raise ConfigError(f"a reading without a time: {record!r}")
     return Reading(**values)
+
+
+def _events(name: str, value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise ConfigError(f"{name} of a reading is {value!r:.60}", hint="it is a list")
+    return cast("list[object]", value)[:MAX_EVENTS]
 
 
 def pci_address(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import socket
 import struct
 from dataclasses import dataclass
@@ -77,6 +78,16 @@ class Sealer:
         return hashlib.blake2b(head + ends, digest_size=_MAC_BYTES, key=self._key).digest()
 
 
+def is_loopback(host: str) -> bool:
+    """Tell whether `host`, an address or a name, is surely this machine itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: whoever resolves it decides
+        return False
+
+
 def read_token(path: Path | None, addresses: list[str]) -> str:
     """Return the token all hosts share.
 
@@ -88,7 +99,7 @@ def read_token(path: Path | None, addresses: list[str]) -> str:
         ConfigError: A token is needed and there is none, or it is short, or cannot be read.
     """
     if path is None:
-        beyond = [address for address in addresses if not address.startswith("127.")]
+        beyond = [address for address in addresses if not is_loopback(address)]
         if beyond:
             raise ConfigError(
                 f"probing {beyond[0]} is beyond loopback and needs a token",

@@ -30,9 +30,11 @@ class TimeAccount:
         elapsed_s: From beginning to end.
         lost_s: Seconds by cause, one entry for each of `CAUSES`.
         productive_s: What is left of `elapsed_s`.
-        ettr: `productive_s / elapsed_s`; None where nothing elapsed.
+        ettr: `productive_s / elapsed_s`; None where nothing elapsed, and for a plain script.
         goodput: Committed steps times the median step time, over `elapsed_s`, at most 1;
             None where no step time is known.
+        mfu: Operations of committed steps over what the ranks' devices can do in `elapsed_s`;
+            None where either is not known.
         samples_per_s: Samples of committed steps over `elapsed_s`.
     """
 
@@ -41,6 +43,7 @@ class TimeAccount:
     productive_s: float
     ettr: float | None
     goodput: float | None
+    mfu: float | None
     samples_per_s: float
 
 
@@ -50,8 +53,8 @@ def account(facts: JobFacts) -> TimeAccount:
     lost_s = dict.fromkeys(CAUSES, 0.0)
     lost_s["start-up"] = min(elapsed_s, _startup_s(facts))
     covered_s = lost_s["start-up"]
-    for incident in sorted(facts.incidents, key=lambda one: one.wall_s):
-        at_s = since_start(facts, incident)
+    timed = [(since_start(facts, incident), incident) for incident in facts.incidents]
+    for at_s, incident in sorted(timed, key=lambda each: each[0]):
         begin_s, end_s = at_s - incident.detected_s, at_s + incident.pause_s
         # What another incident (or the start-up) has already been charged for counts once.
         fresh_s = max(0.0, min(end_s, elapsed_s) - max(begin_s, covered_s))
@@ -62,18 +65,23 @@ def account(facts: JobFacts) -> TimeAccount:
     lost_s["rollback"] = sum(one.steps_lost for one in facts.incidents) * facts.step_s
     lost_s["checkpoint blocking"] = sum(one.blocked_s for one in facts.checkpoints)
     productive_s = max(0.0, elapsed_s - sum(lost_s.values()))
-    useful_s = (facts.end_step - facts.start_step) * facts.step_s
+    num_steps = facts.end_step - facts.start_step
+    useful_s = num_steps * facts.step_s
+    could = elapsed_s * facts.peak_flops
     return TimeAccount(
         elapsed_s=elapsed_s,
         lost_s=lost_s,
         productive_s=productive_s,
-        ettr=productive_s / elapsed_s if elapsed_s else None,
+        ettr=productive_s / elapsed_s if elapsed_s and facts.supported else None,
         goodput=min(1.0, useful_s / elapsed_s) if elapsed_s and facts.step_s else None,
+        mfu=num_steps * facts.flops_per_step / could if could and facts.flops_per_step else None,
         samples_per_s=facts.samples / elapsed_s if elapsed_s else 0.0,
     )
 
 
 def _startup_s(facts: JobFacts) -> float:
+    if not facts.supported:
+        return 0.0  # it never says that it has begun
     if facts.formed_s is not None:
         return facts.formed_s
     if facts.progress:

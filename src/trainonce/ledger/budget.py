@@ -79,9 +79,10 @@ class BudgetWatch:
         return due
 
 
-def amounts(money: Economics) -> dict[str, float | None]:
+def amounts(elapsed_s: float, money: Economics) -> dict[str, float | None]:
     """Return what a job has used so far, by the metrics that budgets know."""
     return {
+        "hours": elapsed_s / 3600.0,
         "cost_usd": money.cost_usd,
         "energy_kwh": money.energy.facility_kwh,
         "gpu_hours": money.gpu_hours,

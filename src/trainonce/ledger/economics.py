@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainonce.ledger.facts import since_start
 from trainonce.ledger.guarantee import FAILURE, classify
 
 if TYPE_CHECKING:
@@ -186,8 +187,9 @@ def _why_not(incident: Incident, seen: set[int]) -> str:
 
 def _audit_one(facts: JobFacts, incident: Incident, prices: Prices, reason: str) -> Audit:
     base_step, base = facts.start_step, "start of the job"
+    failed_s = since_start(facts, incident)
     for checkpoint in facts.checkpoints:
-        if checkpoint.wall_s <= incident.wall_s and checkpoint.step >= base_step:
+        if since_start(facts, checkpoint) <= failed_s and checkpoint.step >= base_step:
             base_step, base = checkpoint.step, checkpoint.path
     restart_s = facts.formed_s or 0.0
     redone = max(0, incident.step - base_step)

@@ -41,6 +41,7 @@ class JobFacts:
     Args:
         summary: The job in a line.
         started_wall_s: When it began.
+        started_mono_s: The same on its host's monotonic clock; 0 where not known.
         elapsed_s: From the beginning to the end; for a running job until now, for a lost one
             until its last word. On the monotonic clock where both ends have one.
         formed_s: Seconds from the beginning to the first generation being consistent; None
@@ -48,9 +49,14 @@ class JobFacts:
         start_step: Committed steps that the job began with (0 unless resumed).
         end_step: Committed steps at the last word.
         step_s: Median duration of a step over the samples of progress; 0 where unknown.
+        loader_s: Median over those samples of what a step waited for its batch.
+        device_use: Mean share of the time in which devices were busy; None where not known.
+        flops_per_step: Median operations of a step, all ranks; 0 where the script counts none.
+        peak_flops: Operations a second that the ranks' devices can do; 0 where not known.
         samples: Samples consumed at the last word.
         tokens: Tokens consumed at the last word.
         resumed_from: Folder of the checkpoint the job began from, or "".
+        supported: The script calls `trainonce.init()`, as far as is known.
         incidents: In order.
         checkpoints: In order.
         faults: Chaos that fired.
@@ -67,14 +73,20 @@ class JobFacts:
 
     summary: JobSummary
     started_wall_s: float
+    started_mono_s: float
     elapsed_s: float
     formed_s: float | None
     start_step: int
     end_step: int
     step_s: float
+    loader_s: float
+    device_use: float | None
+    flops_per_step: float
+    peak_flops: float
     samples: int
     tokens: int
     resumed_from: str
+    supported: bool
     incidents: list[Incident]
     checkpoints: list[CheckpointSaved]
     faults: list[FaultInjected]
@@ -118,18 +130,25 @@ def gather(summary: JobSummary, events: Iterable[Event], now_wall_s: float) -> J
         elapsed_s = max(0.0, now_wall_s - summary.started_wall_s)
     else:
         elapsed_s = _between(begun, ends[-1] if ends else last or begun)
-    step_times = [event.step_s for event in progress if event.step_s > 0]
+    stepped = [event for event in progress if event.step_s > 0]
+    used = [event.device_use for event in progress if event.device_use is not None]
     return JobFacts(
         summary=summary,
         started_wall_s=summary.started_wall_s,
+        started_mono_s=begun.mono_s,
         elapsed_s=elapsed_s,
         formed_s=_between(begun, formed[0]) if formed else None,
         start_step=formed[0].step if formed else 0,
         end_step=summary.steps,
-        step_s=statistics.median(step_times) if step_times else 0.0,
+        step_s=_median(event.step_s for event in stepped),
+        loader_s=_median(event.loader_s for event in stepped),
+        device_use=statistics.fmean(used) if used else None,
+        flops_per_step=_median(e.flops_per_step for e in stepped if e.flops_per_step > 0),
+        peak_flops=_median(event.peak_flops for event in stepped if event.peak_flops > 0),
         samples=progress[-1].samples if progress else 0,
         tokens=progress[-1].tokens if progress else 0,
         resumed_from=start.resumed_from if start else "",
+        supported=all(event.supported for event in (*ends, *_of(found, Incident))),
         incidents=_of(found, Incident),
         checkpoints=_of(found, CheckpointSaved),
         faults=_of(found, FaultInjected),
@@ -146,8 +165,13 @@ def gather(summary: JobSummary, events: Iterable[Event], now_wall_s: float) -> J
 
 
 def since_start(facts: JobFacts, event: Event) -> float:
-    """Return seconds from the job's beginning to `event`, on the wall clock."""
-    return max(0.0, event.wall_s - facts.started_wall_s)
+    """Return seconds from the job's beginning to `event`."""
+    begun = Event(wall_s=facts.started_wall_s, mono_s=facts.started_mono_s)
+    return _between(begun, event)
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median([*values] or [0.0])
 
 
 def _of(found: dict[type[Event], list[Event]], cls: type[_E]) -> list[_E]:

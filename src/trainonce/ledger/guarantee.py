@@ -20,7 +20,8 @@ FAILURE = "failure"
 CHAOS = "chaos"
 PLANNED = "planned move"
 USER_CODE = "exception in user code"
-APART: tuple[str, ...] = (CHAOS, PLANNED, USER_CODE)
+UNSUPPORTED = "run without trainonce.init"
+APART: tuple[str, ...] = (CHAOS, PLANNED, USER_CODE, UNSUPPORTED)
 
 # An exception counts as a failure where it names the device, driver or fabric: the script
 # is not to blame. Decided by what was raised, never by how it ended: that would flatter.
@@ -73,6 +74,8 @@ def classify(incident: Incident) -> str:
         return CHAOS
     if incident.planned:
         return PLANNED
+    if not incident.supported:
+        return UNSUPPORTED
     if incident.cause == "exception" and (
         not _DEVICE.search(incident.detail) or _NOT_A_DEVICE.search(incident.detail)
     ):
@@ -118,6 +121,7 @@ def lost_launcher(facts: JobFacts, others: Sequence[JobFacts]) -> Incident | Non
         step=facts.end_step,
         generation=0,
         chaos=last_fault.startswith("kill_launcher"),
+        supported=facts.formed_s is not None,
         steps_lost=max(0, facts.end_step - saved),
         wall_s=facts.started_wall_s + facts.elapsed_s,
     )

@@ -6,7 +6,7 @@ import html
 from typing import TYPE_CHECKING
 
 from trainonce.ledger import plots
-from trainonce.ledger.text import energy_words, guarantee_lines
+from trainonce.ledger.text import energy_words, guarantee_lines, mark, seen_lines, steps_words
 from trainonce.ledger.words import count, day, duration, hours, percent, usd, when
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def _cards(totals: Totals, report: Report) -> str:
 
 def _job(job: JobReport) -> list[str]:
     summary, money = job.facts.summary, job.economics
+    plot = plots.progress(job)
     parts = [
         f"<h3>{_text(summary.job)}: {_text(summary.script)}</h3>",
         (
@@ -128,19 +129,20 @@ def _job(job: JobReport) -> list[str]:
             f"Began {when(summary.started_wall_s)} on {_text(summary.host)}, "
             f"{duration(job.time.elapsed_s)}, {count(summary.world_size, 'rank')}, "
             f"{count(summary.spares, 'spare')}, {count(summary.steps, 'committed step')}. "
-            f"ETTR {percent(job.time.ettr)}, goodput {percent(job.time.goodput)}.</p>"
+            f"ETTR {percent(job.time.ettr)}, goodput {percent(job.time.goodput)}, "
+            f"MFU {percent(job.time.mfu)}. {_text(steps_words(job.facts))}.</p>"
         ),
-        plots.progress(job),
+        plot,
         plots.bars(job.time.lost_s, duration),
     ]
     if job.incidents:
-        parts.append(f'<p class="quiet">{plots.KEYS}</p><ol>')
+        parts += [f'<p class="quiet">{plots.KEYS}</p>' if plot else "", "<ol>"]
         for incident in job.incidents:
-            mark = "no lost progress" if incident.resolved else "progress lost"
-            if incident.counts_as != "failure":
-                mark += f"; not counted: {incident.counts_as}"
-            parts.append(f"<li>{_text(incident.sentence)} <strong>[{_text(mark)}]</strong></li>")
+            words = _text(mark(incident))
+            parts.append(f"<li>{_text(incident.sentence)} <strong>[{words}]</strong></li>")
         parts.append("</ol>")
+    if seen := seen_lines(job.facts):
+        parts += ["<p>Seen:</p><ul>", *(f"<li>{_text(line)}</li>" for line in seen), "</ul>"]
     parts.append(
         f"<p>Cost {usd(money.cost_usd)}, lost {usd(money.lost_cost_usd)}, saved against restarts "
         f"from the last checkpoint on disk {usd(money.saved_cost_usd)} "

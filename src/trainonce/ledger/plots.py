@@ -22,7 +22,7 @@ _MAX_POINTS = 600
 # What the marks of `progress` mean.
 KEYS = (
     "Marks above carry these numbers. Circle: no lost progress. Cross: progress lost. "
-    "Triangle: not counted (planned, chaos, or an exception in user code)."
+    "Triangle: not counted (chaos, planned, user code, or a plain script)."
 )
 
 

@@ -51,6 +51,7 @@ class Totals:
     gpu_hours: float
     ettr: float | None
     goodput: float | None
+    mfu: float | None
     lost_gpu_hours: float
     lost_gpu_hours_by_cause: dict[str, float]
     cost_usd: float | None
@@ -252,6 +253,7 @@ def _totals(jobs: Sequence[JobReport]) -> Totals:
         gpu_hours=sum(one.gpu_hours for one in money),
         ettr=_weighted(jobs, [one.time.ettr for one in jobs]),
         goodput=_weighted(jobs, [one.time.goodput for one in jobs]),
+        mfu=_weighted(jobs, [one.time.mfu for one in jobs]),
         lost_gpu_hours=sum(one.lost_gpu_hours for one in money),
         lost_gpu_hours_by_cause=by_cause,
         cost_usd=_sum([one.cost_usd for one in money]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trainonce.ledger.guarantee import FAILURE
 from trainonce.ledger.words import count, day, duration, hours, percent, usd, when
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from trainonce.ledger.economics import Audit, Energy
     from trainonce.ledger.facts import JobFacts
     from trainonce.ledger.guarantee import Guarantee
-    from trainonce.ledger.report import JobReport, Report, Totals
+    from trainonce.ledger.report import IncidentReport, JobReport, Report, Totals
 
 _NO_PRICE = "no price set: use --usd-per-gpu-hour, or [economics] in settings.toml"
 
@@ -91,6 +92,49 @@ def energy_words(energy: Energy) -> str:
     return f"{words} ({kind}: {energy.source})"
 
 
+def mark(incident: IncidentReport) -> str:
+    """Return whether progress was lost, and whether that counts."""
+    words = "no lost progress" if incident.resolved else "PROGRESS LOST"
+    if not incident.event.supported:
+        words = "nobody knows what was lost"
+    apart = "" if incident.counts_as == FAILURE else f", not counted: {incident.counts_as}"
+    return words + apart
+
+
+def seen_lines(facts: JobFacts) -> list[str]:
+    """Return what was seen of devices, ranks, loaders and hot spots, a line each."""
+    lines = [
+        f"{event.device or 'the host'} of {event.host}: {event.action}"
+        + (f", {event.reasons[0]}" if event.reasons else "")
+        for event in facts.health
+        if event.action in ("suspect", "migrate")
+    ]
+    lines += [f"{event.reason}, while {event.cause}" for event in facts.stragglers]
+    lines += [
+        f"a sample takes {event.sample_s * 1000:.0f} ms to load, mostly in {event.slowest};"
+        f" rank {event.rank} waited {percent(event.waited_share)} of the time: prepare it offline"
+        for event in facts.loaders
+    ]
+    if facts.hot_spots:
+        last = facts.hot_spots[-1]
+        spots = ", ".join(f"{name} {percent(share)}" for name, share in last.spots[:5])
+        where = "the device" if last.on_device else "the processor"
+        lines.append(f"hot spots on {where} in epoch {last.epoch}: {spots}")
+    return lines
+
+
+def steps_words(facts: JobFacts) -> str:
+    """Return how long a step takes, what it waits for, and how busy devices are meanwhile."""
+    if not facts.step_s:
+        return "No step was measured"
+    share = facts.loader_s / (facts.step_s + facts.loader_s)
+    busy = "not known" if facts.device_use is None else percent(facts.device_use)
+    return (
+        f"A step takes {duration(facts.step_s)} and waits {duration(facts.loader_s)} for its batch "
+        f"({percent(share)}); devices busy: {busy}"
+    )
+
+
 def _table(jobs: Sequence[JobReport]) -> list[str]:
     header = (
         "JOB", "PROJECT", "STARTED", "ELAPSED", "RANKS", "STEPS", "OUTCOME", "INCIDENTS", "ETTR",
@@ -135,40 +179,19 @@ def _job(job: JobReport) -> list[str]:
         ),
         (
             f"  ETTR {percent(time.ettr)}, goodput {percent(time.goodput)}, "
-            f"{time.samples_per_s:.4g} samples/s"
+            f"MFU {percent(time.mfu)}, {time.samples_per_s:.4g} samples/s"
         ),
+        f"  {steps_words(job.facts)}",
         "",
         "  Lost time by cause:",
     ]
     lines += [f"    {cause:<22}{duration(lost)}" for cause, lost in time.lost_s.items()]
     lines += ["", "  Incidents:" if job.incidents else "  No incidents."]
     for number, incident in enumerate(job.incidents, 1):
-        mark = "no lost progress" if incident.resolved else "PROGRESS LOST"
-        apart = "" if incident.counts_as == "failure" else f", not counted: {incident.counts_as}"
-        lines.append(f"    {number}. {incident.sentence} [{mark}{apart}]")
-    return [*lines, *_observed(job.facts), "", *_money(job)]
-
-
-def _observed(facts: JobFacts) -> list[str]:
-    """Return what was seen of devices, ranks, loaders and hot spots."""
-    lines = [
-        f"    {event.device or 'the host'} of {event.host}: {event.action}"
-        + (f", {event.reasons[0]}" if event.reasons else "")
-        for event in facts.health
-        if event.action in ("suspect", "migrate")
-    ]
-    lines += [f"    {event.reason}, while {event.cause}" for event in facts.stragglers]
-    lines += [
-        f"    a sample takes {event.sample_s * 1000:.0f} ms to load, mostly in {event.slowest};"
-        f" rank {event.rank} waited {percent(event.waited_share)} of the time: prepare it offline"
-        for event in facts.loaders
-    ]
-    if facts.hot_spots:
-        last = facts.hot_spots[-1]
-        spots = ", ".join(f"{name} {percent(share)}" for name, share in last.spots[:5])
-        where = "the device" if last.on_device else "the processor"
-        lines.append(f"    hot spots on {where} in epoch {last.epoch}: {spots}")
-    return ["", "  Seen:", *lines] if lines else []
+        lines.append(f"    {number}. {incident.sentence} [{mark(incident)}]")
+    if seen := seen_lines(job.facts):
+        lines += ["", "  Seen:", *(f"    {line}" for line in seen)]
+    return [*lines, "", *_money(job)]
 
 
 def _money(job: JobReport) -> list[str]:
@@ -238,7 +261,8 @@ def _totals(title: str, totals: Totals) -> list[str]:
     lines = [
         (
             f"{title}: {count(totals.jobs, 'job')}, {hours(totals.gpu_hours)}, "
-            f"ETTR {percent(totals.ettr)}, goodput {percent(totals.goodput)}"
+            f"ETTR {percent(totals.ettr)}, goodput {percent(totals.goodput)}, "
+            f"MFU {percent(totals.mfu)}"
         ),
         (
             f"  lost {hours(totals.lost_gpu_hours)}{_in_usd(totals.lost_cost_usd)}, saved "
@@ -253,7 +277,7 @@ def _totals(title: str, totals: Totals) -> list[str]:
     )
     if totals.it_kwh is not None:
         carbon = "" if totals.co2_kg is None else f", {totals.co2_kg:.4g} kg CO2e"
-        kind = "partly estimated" if totals.energy_is_estimate else "measured"
+        kind = "estimated, at least in part" if totals.energy_is_estimate else "measured"
         rest = (
             f", {count(totals.jobs_without_energy, 'job')} without"
             if totals.jobs_without_energy

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DAY_S = 86_400.0
 HOUR_S = 3_600.0
+_RATE_MIN = 1e-9  # failures a node-day: one in 2.7 million years
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,10 @@ class FailureRates:
     points: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        if not self.points or any(n < 1 or not 0 < r < math.inf for n, r in self.points):
+        if not self.points or any(n < 1 or not _RATE_MIN <= r < math.inf for n, r in self.points):
             raise ConfigError(
-                f"failure rates {self.name!r} need a positive rate at each size: {self.points}",
+                f"failure rates {self.name!r} need a rate of at least {_RATE_MIN:g} at each size: "
+                f"{self.points}",
                 hint="a node fails 0.002 to 0.03 times a day in the published records",
             )
 

@@ -27,6 +27,7 @@ class Hello:
         preloadable: Whether torch was imported in the environment that the launcher gave: then
             workers forked from a process that did the same are no different.
         device: PCI address of its GPU; empty for none.
+        stacks_signal: Signal at which it writes the stacks of all threads to stderr; 0 for none.
     """
 
     worker: int
@@ -34,6 +35,7 @@ class Hello:
     protocol: int = 1
     preloadable: bool = False
     device: str = ""
+    stacks_signal: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,8 +227,10 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpStacks:
-    """Write the stacks of all threads to stderr."""
+class DumpCollectives:
+    """Write what torch has recorded of the latest collectives to the file `path`."""
+
+    path: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,14 +240,14 @@ class Exit:
 
 Message = (
     Hello | Ready | Parked | Mirror | Shadow | PeerLost | Formed | FaultFiring | Drained | Done
-    | Failed | Report | Note | Generation | Committed | Drain | Checkpoint | DumpStacks | Exit
+    | Failed | Report | Note | Generation | Committed | Drain | Checkpoint | DumpCollectives | Exit
 )  # fmt: skip
 
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Hello, Ready, Parked, Mirror, Shadow, PeerLost, Formed, FaultFiring, Drained, Done,
-        Failed, Report, Note, Generation, Committed, Drain, Checkpoint, DumpStacks, Exit,
+        Failed, Report, Note, Generation, Committed, Drain, Checkpoint, DumpCollectives, Exit,
     )
 }  # fmt: skip
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from trainonce import settings
@@ -15,14 +14,14 @@ from trainonce.wire.messages import (
     Checkpoint,
     Committed,
     Drain,
-    DumpStacks,
+    DumpCollectives,
     Exit,
     Generation,
     Hello,
     Message,
 )
 from trainonce.wire.progress import Progress
-from trainonce.worker import imports
+from trainonce.worker import evidence, imports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,6 +107,7 @@ class Link:
                 pid=os.getpid(),
                 preloadable=imports.torch_saw_environment(),
                 device=device,
+                stacks_signal=evidence.write_stacks_at_a_signal(),
             )
         )
         threading.Thread(
@@ -124,7 +124,7 @@ class Link:
             Checkpoint: listener.on_checkpoint,
             Drain: lambda _: listener.on_drain(),
             Exit: lambda _: listener.on_exit(),
-            DumpStacks: lambda _: faulthandler.dump_traceback(sys.__stderr__ or 2),
+            DumpCollectives: lambda message: evidence.write_collectives(Path(message.path)),
         }
         while (message := self._channel.receive()) is not None:
             if isinstance(message, Generation):

@@ -11,11 +11,15 @@ which torch's own `Join` uses, do that without a backward pass, given the broadc
 A DTensor's part on this rank is its `_local_tensor`: `to_local` gives a tensor of autograd's,
 and takes a dispatch. FSDP2 keeps gradients that wait for their reduction in its parameter
 groups, where `parameter.grad` does not show them.
+
+The flight recorders of the backends are read through `torch._C._distributed_c10d`, as JSON: the
+public `_dump_nccl_trace` pickles. A build without NCCL lacks the first.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -196,3 +200,14 @@ def unreduced_gradients(module: torch.nn.Module) -> bool:
                 ):
                     return True
     return False
+
+
+def recorded_collectives() -> dict[str, dict[str, Any]]:
+    """Return what torch's flight recorders hold, oldest first: of NCCL, and of other backends."""
+    core: Any = torch._C
+    found: dict[str, dict[str, Any]] = {}
+    for backend, name in (("nccl", "_dump_nccl_trace_json"), ("other", "_dump_fr_trace_json")):
+        dump = getattr(core._distributed_c10d, name, None)
+        if dump is not None:
+            found[backend] = json.loads(dump(includeCollectives=True, onlyActive=False))
+    return found

@@ -44,12 +44,16 @@ class FakeProcess:
         self.stopped = False
         self.immortal = False
         self.signals = []
+        self.told = []
         self.reaped = False
 
     def signal_group(self, signum):
         self.signals.append(signal.Signals(signum))
         if signum in (signal.SIGKILL, signal.SIGTERM) and not self.immortal:
             self.end(signum=signum)
+
+    def signal_leader(self, signum):
+        self.told.append(signum)
 
     def reap(self):
         assert self.status is not None, "reaped before it ended"

@@ -9,7 +9,7 @@ from trainonce.wire.messages import (
     Done,
     Drain,
     Drained,
-    DumpStacks,
+    DumpCollectives,
     Exit,
     Generation,
     Hello,
@@ -52,7 +52,7 @@ def test_a_stopped_rank_is_killed_and_replaced(bench):
     assert not b.rank(0).signals
     b.step(0.8)
     assert b.engine.started[0].signals == [signal.SIGKILL]
-    assert b.engine.started[1].heard(DumpStacks)
+    assert b.engine.started[1].heard(DumpCollectives)
     b.form(0)
     b.commit(1)
     (incident,) = b.of_kind("incident")

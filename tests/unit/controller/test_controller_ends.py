@@ -229,6 +229,9 @@ def test_a_plain_script_is_restarted_up_to_max_restarts(bench):
         b.rank(rank).end(code=0)
     b.step()
     assert b.supervisor.exit_code == 0
+    # Nobody knows what it lost, so it does not count as resolved.
+    (incident,) = b.of_kind("incident")
+    assert (incident.served_by, incident.supported) == ("restart", False)
 
 
 def test_logs_of_workers_are_where_torchrun_puts_them(bench, tmp_path):

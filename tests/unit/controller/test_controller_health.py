@@ -176,6 +176,21 @@ def test_source_that_was_asked_for_and_is_missing_is_told_and_auto_is_not(bench)
     assert not any("amdsmi" in line for line in b.lines)
 
 
+def test_use_of_the_ranks_devices_is_in_the_progress_until_nobody_tells_it_any_more(bench):
+    b = bench(spares=1).ready()
+    watched = Watched(b)
+    spare = b.job.spares()[0].worker
+    watched.feed.news.use = {
+        ("here", "worker0"): 0.5, ("here", "worker1"): 0.9, ("here", f"worker{spare}"): 0.0,
+        ("elsewhere", "worker1"): 0.0,
+    }  # fmt: skip
+    b.step(0.3)
+    b.step(6)
+    assert b.of_kind("progress")[-1].device_use == pytest.approx(0.7)
+    b.step(61)
+    assert b.of_kind("progress")[-1].device_use is None
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match="every 0 s"):
         HealthSettings(every_s=0)

@@ -22,10 +22,11 @@ class FakeNvml:
     NVML_VOLATILE_ECC = 0
     NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL = 52
     NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL = 59
+    NVML_FI_DEV_REMAPPED_PENDING = 144
+    NVML_FI_DEV_REMAPPED_FAILURE = 145
+    NVML_FI_DEV_TEMPERATURE_SHUTDOWN_TLIMIT = 193
+    NVML_FI_DEV_TEMPERATURE_SLOWDOWN_TLIMIT = 194
     NVML_FI_DEV_GET_GPU_RECOVERY_ACTION = 230
-    NVML_VALUE_TYPE_DOUBLE = 0
-    NVML_VALUE_TYPE_UNSIGNED_INT = 1
-    NVML_VALUE_TYPE_UNSIGNED_LONG = 2
     nvmlEventTypeXidCriticalError = 8
     nvmlClocksEventReasonHwThermalSlowdown = 0x40
     nvmlClocksEventReasonHwPowerBrakeSlowdown = 0x80
@@ -65,6 +66,9 @@ class FakeNvml:
     def nvmlDeviceGetTemperatureThreshold(self, handle, which):
         return self._of(handle, "slowdown" if which else "shutdown")
 
+    def nvmlDeviceGetMarginTemperature(self, handle):
+        return self._of(handle, "margin")
+
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
         return self._of(handle, "reasons")
 
@@ -85,8 +89,10 @@ class FakeNvml:
         return [
             SimpleNamespace(
                 nvmlReturn=0 if each in fields else 3,
-                valueType=1 if each == 230 else 3,
-                value=SimpleNamespace(uiVal=fields.get(each), ullVal=fields.get(each)),
+                valueType={230: 1, 193: 5, 194: 5}.get(each, 3),
+                value=SimpleNamespace(
+                    **dict.fromkeys(("uiVal", "ullVal", "siVal"), fields.get(each))
+                ),
             )
             for each in ids
         ]

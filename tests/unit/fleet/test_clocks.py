@@ -255,6 +255,7 @@ def test_bad_input_gets_a_clear_word(
         {"sent": {"10.3.0.2": [[1, 0, 0.5]]}},
         {"sent": {"gpu": []}},
         {"received": []},
+        {"strangers": float("inf")},
         {"received": {"10.3.0.2": 3}},
     ],
 )

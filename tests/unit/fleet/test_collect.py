@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import socketserver
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,9 @@ def test_report_comes_back_as_it_was_sent():
         raw(jobs=[{"job": "j", "step": 1e400, "ranks": 1, "spares_ready": 0, "incidents": 0}]),
         raw(jobs=[{"job": "j", "step": True, "ranks": 1, "spares_ready": 0, "incidents": 0}]),
         raw(missing=["nvml"]),
+        raw(readings=[{"mono_s": 1.0, "xids": "79"}]),
+        raw(readings=[{"mono_s": 1.0, "temperature_c": 10**400}]),
+        raw().replace(b"[31]", b"79"),
         b" " * (MAX_BYTES + 1),
     ],
 )
@@ -109,6 +114,12 @@ def test_what_is_no_report_is_refused(data):
 def test_a_bad_sensor_does_not_hide_the_others():
     (reading,) = decode(raw(readings=[{"mono_s": 1.0, "temperature_c": -5, "lost": 1}])).readings
     assert (reading.temperature_c, reading.lost) == (None, 1)
+
+
+def test_numbers_that_no_float_can_hold_are_not_known():
+    data = raw().replace(b"61.0", b"1e999").replace(b"[31]", b"[1e999, 31, true]")
+    reading = decode(data).readings[0]
+    assert (reading.temperature_c, reading.xids) == (None, (31,))
 
 
 def test_readings_of_another_host_become_those_of_the_sender():
@@ -276,13 +287,46 @@ def test_reporter_tells_verdicts_and_what_is_missing():
         [Reading(mono_s=float(i), host="h", device="gpu0", recovery_action=1)] for i in (1, 2)
     ]
     sources = Sources(sources=[ScriptedSource(readings)], missing={"amd": "none here"})
-    reporter = Reporter("h", sources, list)
+    clock = FakeClock()
+    reporter = Reporter("h", sources, list, clock)
     reporter.report()
     report = reporter.report()
     assert [reading.mono_s for reading in report.readings] == [2.0]
     assert report.verdicts[0].action == "migrate"
     assert decode(report.encode()) == report
     assert reporter.report().readings == report.readings  # nothing new: the last ones stand
+    clock.advance(601)
+    silent = reporter.report()
+    assert (silent.readings, silent.verdicts) == ((), ())  # but not for ever
+
+
+def test_name_that_no_collector_would_take_is_refused_at_once():
+    with pytest.raises(ConfigError, match="'a b' is no name of a host"):
+        Reporter("a b", Sources(), list, FakeClock())
+
+
+def test_two_sources_of_one_device_do_not_hide_each_other():
+    driver = Reading(mono_s=1.0, host="h", device="gpu0", temperature_c=61.0, xids=(31,))
+    log = Reading(mono_s=1.1, host="h", device="gpu0", xids=(13,))
+    sources = Sources(sources=[ScriptedSource([[driver]]), ScriptedSource([[log]])])
+    (reading,) = Reporter("h", sources, list, FakeClock()).report().readings
+    assert (reading.mono_s, reading.temperature_c, reading.xids) == (1.1, 61.0, (31, 13))
+
+
+def test_reporter_keeps_the_latest_devices_where_there_are_too_many():
+    batches = [
+        [Reading(mono_s=at, host="h", device=f"d{i}") for i in range(first, first + MAX_DEVICES)]
+        for at, first in ((1.0, 0), (2.0, 100))
+    ]
+    clock = FakeClock()
+    reporter = Reporter("h", Sources(sources=[ScriptedSource(batches)]), list, clock)
+    reporter.report()
+    clock.advance(10)
+    report = reporter.report()
+    assert {reading.device for reading in report.readings} == {
+        f"d{i}" for i in range(100, 100 + MAX_DEVICES)
+    }
+    assert decode(report.encode()) == report
 
 
 def test_agent_waits_longer_and_longer_for_a_collector_that_is_gone_and_says_so_once():
@@ -300,7 +344,9 @@ def test_agent_waits_longer_and_longer_for_a_collector_that_is_gone_and_says_so_
         waits.append(delay_s)
         return not sender.answers
 
-    run(Reporter("h", Sources(), list), sender, every_s=1.0, wait=wait, say=said.append)
+    run(
+        Reporter("h", Sources(), list, FakeClock()), sender, every_s=1.0, wait=wait, say=said.append
+    )
     assert [round(delay_s) for delay_s in waits][:1] == [1]
     assert waits[1] >= 1.6
     assert waits[3] >= 2 * waits[1] / 1.5
@@ -311,16 +357,48 @@ def test_agent_waits_longer_and_longer_for_a_collector_that_is_gone_and_says_so_
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        b"220 smtp ready\r\n",
+        b"HTTP/1.1 500 x\r\nContent-Length: 99\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200,
+        b"",
+    ],
+)
+def test_whatever_answers_instead_of_a_collector_ends_no_agent(answer):
+    class Server(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65536)
+            self.request.sendall(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        said = Sender(f"http://127.0.0.1:{server.server_address[1]}").send(full_report())
+        thread.join()
+    assert said
+
+
+@pytest.mark.parametrize(
     ("url", "token", "says"),
     [
+        ("http://127.example.org:9420", "", "needs a token"),
         ("collector:9420", "", "is no URL"),
         ("ftp://collector", "", "is no URL"),
+        ("http://127.0.0.1:port", "", "is no URL"),
+        ("http://[::1", "", "is no URL"),
         ("http://10.0.0.1:9420", "", "needs a token"),
     ],
 )
 def test_agent_refuses_what_cannot_be_a_collector(url, token, says):
     with pytest.raises(ConfigError, match=says):
         Sender(url, token=token)
+
+
+@pytest.mark.parametrize("address", [("127.0.0.1", 10**6), ("127.0.0.1", -1), ("a..b", 0)])
+def test_collector_that_cannot_listen_says_so(address):
+    with pytest.raises(ConfigError, match=f"cannot listen on {address[0]}:{address[1]}"):
+        Collector(address, Book(FakeClock()), token="0123456789abcdef")
 
 
 def test_collector_listens_beyond_loopback_only_with_a_token():

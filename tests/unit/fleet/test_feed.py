@@ -50,9 +50,11 @@ def test_changes_of_a_verdict_are_handed_over_once(told):
     def reading(**values):
         return [Reading(mono_s=float(next(ticks)), host="h", device="gpu0", **values)]
 
-    source.say = lambda: reading(temperature_c=50.0)
+    source.say = lambda: reading(temperature_c=50.0, utilisation=0.9)
     source.wait()
-    assert feed.take().findings == []
+    news = feed.take()
+    assert news.findings == []
+    assert news.use == {("h", "gpu0"): 0.9}
     source.say = lambda: reading(recovery_action=1)
     source.wait()
     (finding,) = feed.take().findings
@@ -114,9 +116,9 @@ def test_driver_that_never_answers_holds_nobody_up():
 def test_feed_of_a_host_without_gpus_says_what_is_missing(tmp_path):
     feed = open_for(HealthSettings(every_s=0.01), host="h", clock=FakeClock(), disk=tmp_path)
     feed.start()
-    news = feed.take()
-    while not news.read:
-        news = feed.take()
+    missing: dict[str, str] = {}
+    while "nvml" not in missing:
+        missing |= feed.take().missing
     feed.close()
-    assert "host" in news.read
+    assert "host" not in missing
     assert HealthSettings(sources=("none",)).is_off

@@ -1,5 +1,7 @@
 """The health policy on scripted and recorded readings, false-alarm traps included."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,16 @@ def readings(count: int, **series: object) -> list[Reading]:
 
 def hot(temperature_c: object, count: int = 60) -> Verdict:
     return judge(readings(count, temperature_c=temperature_c, slowdown_c=87.0, shutdown_c=92.0))
+
+
+def warm_up(rest_c: float, tau_s: float, *, begin: int = 3) -> Callable[[int], float]:
+    """Return the temperature of a device that is given work: it nears a rest, ever more slowly."""
+
+    def at(i: int) -> float:
+        since_s = max(0.0, (i - begin) * EVERY_S)
+        return float(round(rest_c - (rest_c - 38) * math.exp(-since_s / tau_s)))
+
+    return at
 
 
 # -- migrate now
@@ -93,9 +105,18 @@ def test_ramp_is_seen_through_noise_and_a_broken_reading() -> None:
         pytest.param(lambda i: None, id="no sensor"),
         pytest.param(lambda i: float("nan"), id="a sensor that gives no number"),
         pytest.param(lambda i: 82 + 4 * ((i // 6) % 2), id="breathing with the load"),
+        pytest.param(warm_up(84.0, 30), id="a warm-up in seconds"),
+        pytest.param(warm_up(86.0, 60), id="a warm-up to just below slowdown"),
+        pytest.param(warm_up(85.0, 180), id="a slow warm-up"),
+        pytest.param(warm_up(84.0, 60, begin=30), id="work after a pause"),
     ],
 )
 def test_temperatures_that_only_look_alarming_move_nothing(series: object) -> None:
+    values: dict[str, object] = {"slowdown_c": 87.0, "shutdown_c": 92.0}
+    watch, seen = HealthWatch(), set[Action]()
+    for reading in readings(120, temperature_c=series, **values):
+        seen |= {verdict.action for verdict in watch.observe([reading]).values()}
+    assert Action.MIGRATE not in seen, "at no time, and not only at the end"
     assert hot(series).action is Action.NONE
 
 
@@ -263,8 +284,9 @@ def test_bad_recording_gets_a_clear_word(text: str, says: str, tmp_path: Path) -
 
 
 def test_guard_keeps_spares_for_failures() -> None:
-    assert may_move("a", now_s=0, spares_ready=2, moves=[]).allowed
-    refused = may_move("a", now_s=0, spares_ready=1, moves=[])
+    limits = MoveLimits(keep_spares=1)
+    assert may_move("a", now_s=0, spares_ready=2, moves=[], limits=limits).allowed
+    refused = may_move("a", now_s=0, spares_ready=1, moves=[], limits=limits)
     assert not refused.allowed
     assert refused.reason == "1 spares are ready and 1 kept for failures"
 

@@ -8,7 +8,8 @@ import pytest
 
 from trainonce.errors import ConfigError
 from trainonce.fleet.links.probe import ProbeSettings, measure
-from trainonce.fleet.wire import PACKET_BYTES, Kind, Packet, Sealer, read_token
+from trainonce.fleet.prober import Prober
+from trainonce.fleet.wire import PACKET_BYTES, Kind, Packet, Sealer, is_loopback, read_token
 
 PACKET = Packet(Kind.PROBE, 3, 17, 123_456_789)
 TOKEN = "a secret of the fabric"
@@ -124,3 +125,47 @@ def test_peer_that_is_not_there_is_reported_and_nothing_hangs() -> None:
 def test_address_of_another_host_cannot_be_bound() -> None:
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
         measure(ProbeSettings(host="192.0.2.1", peers=("192.0.2.2",), token=TOKEN))
+
+
+class Flooded(Prober):
+    """A prober whose strangers send faster than it can drop their packets."""
+
+    def __init__(self, settings: ProbeSettings) -> None:
+        super().__init__(settings, settings.peers, base_port=settings.base_port, ports=1)
+        self.stranger = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.num_sent = 0
+
+    def _fits(self, packet: Packet, port: int) -> bool:
+        return False
+
+    def _accept(self, *args: object) -> None:
+        super()._accept(*args)  # type: ignore[arg-type]
+        self.send()
+        assert self.num_sent < 100_000, "the flood is never left"
+
+    def send(self) -> None:
+        self.num_sent += 1
+        self.stranger.sendto(b"x", (self._host, self._base_port))
+
+    def wait(self) -> None:
+        self._receive_for(0.01)
+
+
+def test_flood_of_strangers_holds_up_nobody() -> None:
+    settings = ProbeSettings(host="127.0.0.1", peers=("127.0.0.2",), base_port=47_655)
+    with Flooded(settings) as prober:
+        prober.send()
+        prober.wait()
+        assert prober.num_sent > 1
+    prober.stranger.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True),
+        ("127.example.org", False), ("10.0.0.1", False), ("0.0.0.0", False), ("", False),
+    ],
+)  # fmt: skip
+def test_only_what_is_surely_this_machine_is_loopback(host: str, own: bool) -> None:
+    assert is_loopback(host) is own

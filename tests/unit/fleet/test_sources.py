@@ -67,6 +67,16 @@ def test_nvml_device_that_knows_little_is_read_as_far_as_it_goes(clock):
     assert known == set()
 
 
+def test_nvml_device_that_tells_only_how_far_its_limits_are_is_judged_by_them(clock):
+    # An H100 as `nvidia-smi -q` shows it: T.Limit 50, slowdown at -2 and shutdown at -8.
+    relative = healthy(temperature=36, margin=50, fields={193: -8, 194: -2, 144: 1, 145: 0})
+    for name in ("slowdown", "shutdown", "remapped"):
+        del relative[name]
+    (reading,) = NvmlSource("h", clock, FakeNvml(relative)).read()
+    assert (reading.slowdown_c, reading.shutdown_c) == (88, 94)
+    assert (reading.row_remap_pending, reading.row_remap_failed) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "action", "says"),
     [

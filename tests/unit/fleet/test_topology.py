@@ -166,6 +166,7 @@ def test_record_survives_its_file(tmp_path: Path) -> None:
         {"sent": [["10.1.1.2", 0, 10**9]]},
         {"sent": [["10.1.1.2", "0", 1]]},
         {"sent": 3},
+        {"strangers": float("inf")},
         {"received": [["10.1.1.2", 0, [5]]]},
         {"received": [["10.1.1.2", 0, [[1, 1.5]]]]},
         {"received": [["10.1.1.2", 0, [[1, 1 << 80]]]]},
@@ -216,15 +217,21 @@ def test_command_names_the_link_draws_it_and_says_what_it_cannot_see(
         (["{one}", "{text}"], "is not JSON"),
         (["{one}", "--min-late-us", "0"], "--min-late-us must be more than 0"),
         (["{one}", "--names", "{text}"], "cannot read names"),
+        (["{one}", "{two}", "--clocks", "{text}"], "does not hold clock offsets"),
+        (["{one}", "{two}", "--clocks", "{nan}"], "does not hold clock offsets"),
     ],
 )
 def test_bad_input_gets_a_clear_word(
     args: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, text = tmp_path / "one.json", tmp_path / "text.json"
-    records()[0].write(one)
-    text.write_text("hello")
-    filled = [arg.format(one=one, text=text) for arg in args]
+    paths = {name: tmp_path / f"{name}.json" for name in ("one", "two", "text", "nan")}
+    for record, name in zip(records(), ("one", "two"), strict=False):
+        record.write(paths[name])
+    paths["text"].write_text("hello")
+    # A bound that is no number compares with nothing, and so would pass for a good one.
+    offset = {"offset_s": 0.0, "bound_s": float("nan"), "skew": 0.0, "at_s": 0.0}
+    paths["nan"].write_text(json.dumps({"hosts": {"10.1.1.1": offset}}))
+    filled = [arg.format(**paths) for arg in args]
     assert main(["fleet", "links", *filled]) == 2
     assert says in capsys.readouterr().err
 

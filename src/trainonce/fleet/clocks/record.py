@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainonce.fleet.records import address, read_record, write_record
+from trainonce.fleet.records import address, count, read_record, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,7 @@ class ClockRecord:
             sent={address(peer): _stamps(each) for peer, each in raw["sent"].items()},
             received={address(peer): _stamps(each) for peer, each in raw["received"].items()},
             unreachable=[address(peer) for peer in raw["unreachable"]],
-            strangers=int(raw["strangers"]),
+            strangers=count(raw["strangers"]),
         )
 
 

@@ -6,6 +6,8 @@ later; meanwhile nothing piles up, since only the last readings are worth sendin
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import random
 import ssl
 import urllib.error
@@ -22,20 +24,25 @@ from trainonce.fleet.collect.message import (
     DeviceVerdict,
     HostReport,
     JobStatus,
+    is_name,
 )
 from trainonce.fleet.feed import read_all
 from trainonce.fleet.health import HealthWatch
+from trainonce.fleet.wire import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from trainonce.clock import Clock
     from trainonce.fleet.health import Verdict
     from trainonce.fleet.signals import Reading
     from trainonce.fleet.sources.choose import Sources
 
 _TIMEOUT_S = 10.0
 _MAX_DELAY_S = 60.0
+# A device that no source tells of is reported for so long: the policy looks as far back.
+_KEPT_S = 600.0
 
 
 class Reporter:
@@ -45,14 +52,27 @@ class Reporter:
         host: Name of this host.
         sources: To read.
         jobs: Returns the jobs that run here.
+        clock: Tells how old readings are.
+
+    Raises:
+        ConfigError: `host` is no name.
     """
 
-    def __init__(self, host: str, sources: Sources, jobs: Callable[[], list[JobStatus]]) -> None:
+    def __init__(
+        self, host: str, sources: Sources, jobs: Callable[[], list[JobStatus]], clock: Clock
+    ) -> None:
+        if not is_name(host):
+            raise ConfigError(
+                f"{host!r} is no name of a host",
+                hint="up to 128 letters, digits, dots, colons, hyphens and underscores",
+            )
         self._host = host
         self._sources = sources
         self._jobs = jobs
+        self._clock = clock
         self._watch = HealthWatch()
         self._readings: dict[str, Reading] = {}
+        self._read_s: dict[str, float] = {}
         self._verdicts: dict[str, Verdict] = {}
 
     def report(self) -> HostReport:
@@ -61,9 +81,7 @@ class Reporter:
         readings = [reading for reading in readings if reading.host == self._host]
         for (_, device), verdict in self._watch.observe(readings).items():
             self._verdicts[device] = verdict
-        for reading in readings:
-            if len(self._readings) < MAX_DEVICES or reading.device in self._readings:
-                self._readings[reading.device] = reading
+        self._keep(readings)
         return HostReport(
             host=self._host,
             readings=tuple(self._readings.values()),
@@ -73,11 +91,26 @@ class Reporter:
                     action=ACTIONS[verdict.action],
                     reasons=tuple(reason[:200] for reason in verdict.reasons[:MAX_REASONS]),
                 )
-                for device, verdict in list(self._verdicts.items())[:MAX_DEVICES]
+                for device, verdict in self._verdicts.items()
             ),
             jobs=tuple(self._jobs()[:MAX_JOBS]),
             missing=dict(list({**self._sources.missing, **missing}.items())[:MAX_REASONS]),
         )
+
+    def _keep(self, readings: list[Reading]) -> None:
+        """Keep one reading of each device: several sources may tell of it at once."""
+        now_s = self._clock.mono_s()
+        fresh: dict[str, Reading] = {}
+        for one in readings:
+            fresh[one.device] = fresh[one.device].with_later(one) if one.device in fresh else one
+        self._readings |= fresh
+        self._read_s |= dict.fromkeys(fresh, now_s)
+        oldest_first = sorted(self._read_s, key=lambda device: self._read_s[device])
+        for place, device in enumerate(oldest_first, start=1):
+            spare = len(oldest_first) - place >= MAX_DEVICES
+            if spare or now_s - self._read_s[device] > _KEPT_S:
+                for kept in (self._readings, self._read_s, self._verdicts):
+                    kept.pop(device, None)
 
 
 class Sender:
@@ -89,23 +122,20 @@ class Sender:
         ca: Certificate to trust, for a collector that made its own.
 
     Raises:
-        ConfigError: `url` is none, or a token would go over the network unencrypted or be missing.
+        ConfigError: `url` is none, or beyond loopback and without a token, or `ca` is none.
     """
 
     def __init__(self, url: str, *, token: str = "", ca: Path | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{url!r} is no URL", hint="such as https://collector:9420")
-        loopback = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        if not token and not loopback:
+        scheme, host = _scheme_and_host(url)
+        if not token and not is_loopback(host):
             raise ConfigError(
-                f"the collector at {parts.hostname} is beyond loopback and needs a token",
+                f"the collector at {host} is beyond loopback and needs a token",
                 hint="pass --token-file with the token that it has",
             )
         self._url = f"{url.rstrip('/')}/v1/report"
         self._token = token
         self._context = None
-        if parts.scheme == "https":
+        if scheme == "https":
             try:
                 self._context = ssl.create_default_context(cafile=ca and str(ca))
             except (OSError, ssl.SSLError) as error:
@@ -125,10 +155,25 @@ class Sender:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=self._context):
                 return ""
         except urllib.error.HTTPError as error:
-            with error:
-                return f"HTTP {error.code}: {error.read(200).decode(errors='replace').strip()}"
-        except (OSError, ValueError) as error:
-            return str(error)
+            return f"HTTP {error.code}: {_said(error)}"
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def _scheme_and_host(url: str) -> tuple[str, str]:
+    with contextlib.suppress(ValueError):  # a port that is no number, half an IPv6 address
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts.scheme, parts.hostname
+    raise ConfigError(f"{url!r} is no URL", hint="such as https://collector:9420")
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    with error:
+        try:
+            return error.read(200).decode(errors="replace").strip()
+        except (OSError, http.client.HTTPException):
+            return error.reason
 
 
 def run(

@@ -22,6 +22,7 @@ from trainonce.errors import ConfigError
 from trainonce.fleet.collect.book import Book, RefusedError
 from trainonce.fleet.collect.message import MAX_BYTES
 from trainonce.fleet.collect.metrics import CONTENT_TYPE, render
+from trainonce.fleet.wire import is_loopback
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +67,7 @@ class Collector(socketserver.ThreadingMixIn, socketserver.TCPServer):
         token: str = "",
         tls: tuple[Path, Path] | None = None,
     ) -> None:
-        if not token and not _is_loopback(address[0]):
+        if not token and not is_loopback(address[0]):
             raise ConfigError(
                 f"listening on {address[0]} is beyond loopback and needs a token",
                 hint="pass --token-file, or listen on 127.0.0.1",
@@ -80,9 +81,10 @@ class Collector(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.address_family = socket.AF_INET6
         try:
             super().__init__(address, _Handler)
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:  # the last for ports and names
+            why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"cannot listen on {address[0]}:{address[1]}: {error.strerror}",
+                f"cannot listen on {address[0]}:{address[1]}: {why}",
                 hint="give this host's own address, and a port no one else uses",
             ) from error
 
@@ -205,10 +207,6 @@ class _Handler(BaseHTTPRequestHandler):
 def _cut(request: socket.socket) -> None:
     with contextlib.suppress(OSError):
         request.shutdown(socket.SHUT_RDWR)
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _context(certificate: Path, key: Path) -> ssl.SSLContext:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -121,8 +120,17 @@ def _list(value: Any, most: int, read: Callable[[Any], Any]) -> list[Any]:
     return [read(each) for each in value]
 
 
+def is_name(value: object) -> bool:
+    """Tell whether `value` can name a host, a device or a job."""
+    return (
+        isinstance(value, str)
+        and len(value) <= MAX_NAME_CHARS
+        and _NAME.fullmatch(value) is not None
+    )
+
+
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > MAX_NAME_CHARS or not _NAME.fullmatch(value):
+    if not is_name(value):
         raise ValueError(f"{value!r:.60} is no name")
     return value
 
@@ -148,7 +156,7 @@ def _reading(value: Any, host: str) -> Reading:
     reading = from_record({**value, "host": host})
     _device(reading.device)
     for number in vars(reading).values():
-        if isinstance(number, int | float) and not (math.isfinite(number) and number < 1e18):
+        if isinstance(number, int | float) and not number < 1e18:
             raise ValueError(f"{number!r} is no reading")
     return reading
 

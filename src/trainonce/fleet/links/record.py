@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainonce.fleet.records import address, read_record, write_record
+from trainonce.fleet.records import address, count, read_record, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,10 +85,10 @@ class HostRecord:
             host=address(raw["host"]),
             stamps=raw["stamps"],
             hops={_key(row): _hops(row[2]) for row in raw["hops"]},
-            sent={_key(row): _count(row[2]) for row in raw["sent"]},
+            sent={_key(row): count(row[2], most=MAX_PACKETS) for row in raw["sent"]},
             received={_key(row): _arrivals(row[2]) for row in raw["received"]},
             unreachable=[address(peer) for peer in raw["unreachable"]],
-            strangers=int(raw["strangers"]),
+            strangers=count(raw["strangers"]),
         )
 
 
@@ -103,12 +103,6 @@ def _hops(value: Any) -> list[str | None]:
     if not isinstance(value, list) or len(value) > MAX_HOPS:
         raise ValueError("hops that are no short list")
     return [None if hop is None else address(hop) for hop in value]
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_PACKETS:
-        raise ValueError(f"a number of packets {value!r}")
-    return value
 
 
 def _arrivals(value: Any) -> list[tuple[int, int]]:

@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from trainonce.clock import Clock
 
 _MAX_EVENTS = 64
+_FIELDS = {
+    "recovery_action": "GET_GPU_RECOVERY_ACTION",
+    "nvlink_replays": "NVLINK_REPLAY_ERROR_COUNT_TOTAL",
+    "nvlink_recoveries": "NVLINK_RECOVERY_ERROR_COUNT_TOTAL",
+    "pending": "REMAPPED_PENDING",
+    "failed": "REMAPPED_FAILURE",
+    # How far from the present limit they lie, in degrees.
+    "slowdown": "TEMPERATURE_SLOWDOWN_TLIMIT",
+    "shutdown": "TEMPERATURE_SHUTDOWN_TLIMIT",
+}
+# By the numbers of nvml.h's nvmlValueType_t.
+_VALUES = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 
 
 class NvmlSource:
@@ -90,31 +102,17 @@ class NvmlSource:
         def ask(function: Callable[[], Any]) -> Any:
             return self._ask(function, lost)
 
-        remapped = ask(lambda: nvml.nvmlDeviceGetRemappedRows(handle))
         fields = self._fields(handle, lost)
+        rows = ask(lambda: nvml.nvmlDeviceGetRemappedRows(handle))
         use = ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
-        reasons = ask(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
-        if reasons is not None:
-            for place, mask in enumerate(
-                (
-                    nvml.nvmlClocksEventReasonHwThermalSlowdown,
-                    nvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
-                )
-            ):
-                self._throttled_s[index][place] += since_s if reasons & mask else 0.0
         nvlink = [fields.get(name) for name in ("nvlink_replays", "nvlink_recoveries")]
         values: dict[str, Any] = {
-            "temperature_c": ask(
-                lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
-            ),
-            "slowdown_c": self._threshold(handle, "SLOWDOWN", lost),
-            "shutdown_c": self._threshold(handle, "SHUTDOWN", lost),
-            "throttled_thermal_s": None if reasons is None else self._throttled_s[index][0],
-            "throttled_brake_s": None if reasons is None else self._throttled_s[index][1],
+            **self._heat(handle, fields, lost),
+            **self._slowed(index, handle, since_s, lost),
             "utilisation": None if use is None else use.gpu / 100,
             "recovery_action": fields.get("recovery_action"),
-            "row_remap_pending": None if remapped is None else int(remapped[2]),
-            "row_remap_failed": None if remapped is None else int(remapped[3]),
+            "row_remap_pending": fields.get("pending") if rows is None else rows[2],
+            "row_remap_failed": fields.get("failed") if rows is None else rows[3],
             "ecc_uncorrected_total": self._ecc(handle, "UNCORRECTED", lost),
             "ecc_corrected_total": self._ecc(handle, "CORRECTED", lost),
             "nvlink_errors_total": None if None in nvlink else sum(n for n in nvlink if n),
@@ -122,10 +120,40 @@ class NvmlSource:
         }
         return {**values, "lost": int(bool(lost))}
 
-    def _threshold(self, handle: Any, name: str, lost: list[bool]) -> Any:
+    def _heat(self, handle: Any, fields: dict[str, int], lost: list[bool]) -> dict[str, Any]:
+        """Return temperature and limits; from Ada on a device may tell only how far they are."""
         nvml = self._nvml
-        which = getattr(nvml, f"NVML_TEMPERATURE_THRESHOLD_{name}")
-        return self._ask(lambda: nvml.nvmlDeviceGetTemperatureThreshold(handle, which), lost)
+        now_c = self._ask(
+            lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU), lost
+        )
+        margin = self._ask(lambda: nvml.nvmlDeviceGetMarginTemperature(handle), lost)
+        found = {"temperature_c": now_c}
+        for name in ("slowdown", "shutdown"):
+            which = getattr(nvml, f"NVML_TEMPERATURE_THRESHOLD_{name.upper()}")
+            limit = self._ask(
+                lambda which=which: nvml.nvmlDeviceGetTemperatureThreshold(handle, which), lost
+            )
+            if limit is None and None not in (now_c, margin, fields.get(name)):
+                limit = now_c + margin - fields[name]
+            found[f"{name}_c"] = limit
+        return found
+
+    def _slowed(
+        self, index: int, handle: Any, since_s: float, lost: list[bool]
+    ) -> dict[str, float | None]:
+        """Return for how long the hardware has slowed the device, by why."""
+        nvml, slowed_s = self._nvml, self._throttled_s[index]
+        names = ("throttled_thermal_s", "throttled_brake_s")
+        reasons = self._ask(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle), lost)
+        if reasons is None:
+            return dict.fromkeys(names)
+        masks = (
+            nvml.nvmlClocksEventReasonHwThermalSlowdown,
+            nvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
+        )
+        for place, mask in enumerate(masks):
+            slowed_s[place] += since_s if reasons & mask else 0.0
+        return dict(zip(names, slowed_s, strict=True))
 
     def _ecc(self, handle: Any, name: str, lost: list[bool]) -> Any:
         nvml = self._nvml
@@ -138,19 +166,9 @@ class NvmlSource:
         """Return the fields that are known; the ids that this pynvml lacks are left out."""
         nvml = self._nvml
         wanted = {
-            name: identity
-            for name, identity in (
-                ("recovery_action", getattr(nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)),
-                (
-                    "nvlink_replays",
-                    getattr(nvml, "NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL", None),
-                ),
-                (
-                    "nvlink_recoveries",
-                    getattr(nvml, "NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL", None),
-                ),
-            )
-            if identity is not None
+            name: getattr(nvml, f"NVML_FI_DEV_{field}")
+            for name, field in _FIELDS.items()
+            if hasattr(nvml, f"NVML_FI_DEV_{field}")
         }
         answers = self._ask(
             lambda: nvml.nvmlDeviceGetFieldValues(handle, list(wanted.values())), lost
@@ -158,9 +176,9 @@ class NvmlSource:
         if answers is None:
             return {}
         return {
-            name: _number(nvml, answer)
+            name: int(getattr(answer.value, _VALUES[answer.valueType]))
             for name, answer in zip(wanted, answers, strict=True)
-            if answer.nvmlReturn == nvml.NVML_SUCCESS
+            if answer.nvmlReturn == nvml.NVML_SUCCESS and answer.valueType < len(_VALUES)
         }
 
     def _register_events(self) -> Any:
@@ -201,14 +219,3 @@ class NvmlSource:
             ):
                 lost.append(True)
             return None
-
-
-def _number(nvml: Any, answer: Any) -> int:
-    kind, value = answer.valueType, answer.value
-    if kind == nvml.NVML_VALUE_TYPE_UNSIGNED_INT:
-        return int(value.uiVal)
-    if kind == nvml.NVML_VALUE_TYPE_UNSIGNED_LONG:
-        return int(value.ulVal)
-    if kind == nvml.NVML_VALUE_TYPE_DOUBLE:
-        return int(value.dVal)
-    return int(value.ullVal)

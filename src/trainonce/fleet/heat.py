@@ -1,0 +1,72 @@
+"""Where a rise of temperature leads to: to a rest, or to where a device cannot live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# A rise needs some readings to be told, and some height: a sensor at rest wavers by a degree or
+# two.
+_MIN_RISE_READINGS = 6
+_MIN_RISE_C = 4.0
+# How fast curves come to rest; the last is a straight line.
+_TAUS_S = (15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1e6)
+_ROUNDING_C = 0.4  # of a sensor that tells whole degrees
+_JUST_NOW_S = 60.0
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A rise of temperature, from its foot on: [readings] each."""
+
+    times: NDArray[np.float64]
+    degrees: NDArray[np.float64]
+
+    def per_s(self, lately_s: float = 120.0) -> float:
+        """Return degrees a second, lately."""
+        late = self.times >= self.times[-1] - lately_s
+        return _line(self.times[late], self.degrees[late])[0]
+
+    def heads_for(self, ahead_s: float) -> float:
+        """Return the least temperature to which it may lead within `ahead_s`.
+
+        A device that is given work nears a rest, ever more slowly; one that has lost its cooling
+        goes on to where it cannot live. So curves that come to rest, and a line, are fitted, and
+        those count that fit about as well as the best. So does the last minute: no curve fits a
+        rise that has just ended.
+        """
+        since_s = self.times - self.times[0]
+        curves: list[tuple[float, float]] = []
+        for tau_s in _TAUS_S:
+            gone = np.exp(-np.append(since_s, since_s[-1] + ahead_s) / tau_s)
+            slope, rest = _line(gone[:-1], self.degrees)
+            off = self.degrees - rest - slope * gone[:-1]
+            curves.append((float(np.sqrt(np.mean(off**2))), rest + slope * float(gone[-1])))
+        plausible = max(_ROUNDING_C, 1.1 * min(off for off, _ in curves))
+        just_now_c = float(self.degrees[-1]) + self.per_s(_JUST_NOW_S) * ahead_s
+        return min(just_now_c, *(end_c for off, end_c in curves if off <= plausible))
+
+
+def find_rise(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> Rise | None:
+    """Return the rise that still goes on; None where it is too short to tell one."""
+    if len(times) < _MIN_RISE_READINGS:
+        return None
+    # The median of three readings: one that is wrong is no heat, and no foot.
+    smooth = np.median([degrees[:-2], degrees[1:-1], degrees[2:]], axis=0)
+    foot = int(np.flatnonzero(smooth <= smooth.min() + 1)[-1])
+    if len(smooth) - foot < _MIN_RISE_READINGS or smooth[-1] - smooth.min() < _MIN_RISE_C:
+        return None
+    return Rise(times[1:-1][foot:], smooth[foot:])
+
+
+def _line(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, float]:
+    """Return slope and level of the line through points; a slope of 0 where all are at one x."""
+    apart = x - x.mean()
+    spread = float(apart @ apart)
+    slope = float(apart @ y) / spread if spread > 0 else 0.0
+    return slope, float(y.mean() - slope * x.mean())

@@ -1,6 +1,8 @@
 """DQN with and without stored values: equal return, rows and FLOPs computed; see README.md.
 
 python benchmarks/replay_values/run.py [--quick] [--encoder vector | pictures] [--out FILE]
+
+A run at the same commit goes on with the seeds that are missing.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import trainonce as once
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import commit, default_hardware, machine, result_path
+from harness import commit, default_hardware, machine, read_result, result_path
 
 
 def load_example():
@@ -218,8 +220,9 @@ def main():
     make = ENCODERS[options.encoder]
     num_steps, seeds = (1000, 1) if options.quick else (1500, 5)
     EXAMPLE.train(0, 600, once_each, make=make)  # tracing is paid once a process; not compared
-    runs = {name: [] for name in VARIANTS}
     path = options.out or result_path(__file__, f"{default_hardware()}_{options.encoder}")
+    # A run that was cut short goes on with its next seed.
+    runs = read_result(path).get("runs") or {name: [] for name in VARIANTS}
     result = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "commit": commit(), "machine": machine(),
@@ -227,7 +230,7 @@ def main():
                    "batch": 64, "copy_every": 250},
         "flops_a_row": flops_a_row(make), "runs": runs, "polyak": polyak(make),
     }  # fmt: skip
-    for seed in range(seeds):
+    for seed in range(min(map(len, runs.values())), seeds):
         for name in VARIANTS:
             runs[name].append(measure(name, seed, num_steps, make))
             print(name, json.dumps(runs[name][-1]), flush=True)

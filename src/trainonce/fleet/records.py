@@ -43,11 +43,14 @@ def read_record(
         ConfigError: The file cannot be read, or holds anything but a record.
     """
     try:
-        if path.stat().st_size > max_bytes:
-            raise ConfigError(f"{path} is larger than a record may be")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # its size says nothing where it is no plain file
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > max_bytes:
+        raise ConfigError(f"{path} is larger than a record may be")
+    try:
+        raw = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     try:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAX_GPUS = 1_000_000
 MAX_EXPECTED_FAILURES = 5_000_000
+_MAX_PRICE_USD = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +57,10 @@ class Scenario:
         for name in ("repair_h", "reset_h", "inspection_h", "false_alarms_per_node_day"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
-        if not 0 < self.price_usd_per_gpu_h < math.inf:
+        if not 0 < self.price_usd_per_gpu_h <= _MAX_PRICE_USD:
             raise ConfigError(
-                f"a GPU-hour must cost more than 0, not {self.price_usd_per_gpu_h!r}",
+                f"a GPU-hour must cost more than 0 and at most {_MAX_PRICE_USD:g} dollars, "
+                f"not {self.price_usd_per_gpu_h!r}",
                 hint="about 2 to 5 US dollars on a cloud",
             )
         if self.expected_failures > MAX_EXPECTED_FAILURES:

@@ -13,6 +13,7 @@ from trainonce.fleet.links.delay import ClockOffset, observe_delay
 from trainonce.fleet.links.locate import locate
 from trainonce.fleet.links.record import HostRecord
 from trainonce.fleet.links.topology import build_fabric, link_ends, link_name
+from trainonce.fleet.records import read_record
 
 PORTS = range(8)
 HOSTS = {h: f"10.1.{h}.2" for h in range(1, 7)}
@@ -234,6 +235,13 @@ def test_bad_input_gets_a_clear_word(
     filled = [arg.format(**paths) for arg in args]
     assert main(["fleet", "links", *filled]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_file_without_an_end_is_left_after_as_much_as_a_record_may_be() -> None:
+    with pytest.raises(ConfigError, match="larger than a record may be"):
+        read_record(
+            Path("/dev/zero"), HostRecord, form="f", command="trainonce fleet probe", max_bytes=1000
+        )
 
 
 def test_link_names_keep_their_ends() -> None:

@@ -93,6 +93,7 @@ def test_share_of_spares_is_taken_of_each_size(capsys: pytest.CaptureFixture[str
         (["--days", "nan"], "more than 0", ""),
         (["--price", "-1"], "must cost more than 0", "dollars"),
         (["--price", "inf"], "must cost more than 0", "dollars"),
+        (["--price", "1e300"], "must cost more than 0", "dollars"),
         (["--rates", "meta"], "unknown failure rates 'meta'", "rsc-1"),
         (["--rates", "-0.1"], "rate of at least 1e-09", "node fails"),
         (["--rates", "1e-300"], "rate of at least 1e-09", "node fails"),

@@ -446,6 +446,10 @@ def test_recomputed_activations_change_no_bit_and_leave_the_model_as_it_was(
     assert same(plain, model)  # batch norms count a batch once
     assert one.history == other.history
     assert all("forward" not in vars(block) for block in model.modules())
+    broken = norm_net()
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "three", plan, broken, metric=lambda _out, _batch: 1 / 0)
+    assert all("forward" not in vars(block) for block in broken.modules())
 
 
 def test_a_plan_with_quantized_training_says_why_it_cannot_be_here(made, tmp_path):

@@ -126,6 +126,8 @@ def fit(
     if not isinstance(chosen, Plan):
         chosen = settle_plan(Path(chosen) if chosen else host.folder / "plan.toml", make)
     _check(chosen, model, steps, progress if is_first_process() else lambda _line: None)
+    if chosen.is_on("early-stop") and eval_data is None and is_first_process():
+        progress("early stop is on, and will not stop anything: there are no data to evaluate on")
     training = Training(
         host, chosen, model, data, eval_data, loss, metric, optimizer, seed=seed, gate=gate,
         meter=meter, tensorboard=Path(tensorboard) if tensorboard else None, show=progress,

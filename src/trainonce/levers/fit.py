@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,19 +126,21 @@ def fit(
     if not isinstance(chosen, Plan):
         chosen = settle_plan(Path(chosen) if chosen else host.folder / "plan.toml", make)
     _check(chosen, model, steps, progress if is_first_process() else lambda _line: None)
+    if chosen.is_on("early-stop") and eval_data is None and is_first_process():
+        progress("early stop is on, and will not stop anything: there are no data to evaluate on")
     training = Training(
         host, chosen, model, data, eval_data, loss, metric, optimizer, seed=seed, gate=gate,
         meter=meter, tensorboard=Path(tensorboard) if tensorboard else None, show=progress,
     )  # fmt: skip
-    update, look = host.step(training.update), host.step(training.look)
-    host.protect(
-        model=training.model, optimizer=training.optimizer, loader=training.loader,
-        levers=training.stack, state=training.state,
-    )  # fmt: skip
-    if training.state.updates < chosen.run.steps:
-        gate.check(training.state.spent)
-    until = 0 if training.stopped() else chosen.run.steps
-    with training.flags():
+    with contextlib.closing(training), training.flags():
+        update, look = host.step(training.update), host.step(training.look)
+        host.protect(
+            model=training.model, optimizer=training.optimizer, loader=training.loader,
+            levers=training.stack, state=training.state,
+        )  # fmt: skip
+        if training.state.updates < chosen.run.steps:
+            gate.check(training.state.spent)
+        until = 0 if training.stopped() else chosen.run.steps
         for batch in host.batches(training.loader, max_steps=until):
             update(batch)
             if training.due():
@@ -167,7 +170,6 @@ def _check(
 
 def _result(training: Training) -> FitResult:
     state = training.state
-    training.close()
     last = state.history[-1] if state.history else [0, math.nan, math.nan]
     return FitResult(
         steps=state.updates,

@@ -263,7 +263,7 @@ def _length(
 ) -> _Length:
     if steps is not None and epochs is not None:
         raise ConfigError("steps and epochs were both given", hint="give one of them")
-    if isinstance(steps, str) or isinstance(epochs, str):
+    if isinstance(steps, str) or isinstance(epochs, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"{steps=} and {epochs=} are no numbers", hint="steps=100, not '100'")
     why = "the length is the caller's"
     if steps is None and epochs is None:

@@ -158,7 +158,8 @@ class Prober:
             def step(precision: Precision) -> torch.Tensor:
                 loss = self._mean_loss(batch, precision)
                 precision.scale_loss(loss).backward()
-                optimizer.step()
+                if bool(torch.isfinite(loss.detach())):  # else it would spoil the other modes
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 return loss
 
@@ -291,7 +292,8 @@ def mean_loss(
         batch = to_device(data.batch(indices[start : start + batch_size]), device)
         samples = num_samples(batch)
         values = loss(call_model(model, batch), batch)
-        is_per_sample(values.float() if isinstance(values, torch.Tensor) else values, samples)
+        found: Any = values
+        is_per_sample(found.float() if isinstance(found, torch.Tensor) else found, samples)
         total += float(values.double().mean()) * samples
         count += samples
     return total / max(count, 1)

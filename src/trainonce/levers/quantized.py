@@ -56,6 +56,11 @@ def quantized_training(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if why := why_not(dtype, device, emulate=emulate):
         raise ConfigError(f"{dtype} training is not possible here: {why}", hint="take bf16")
+    if isinstance(model, torch.nn.Linear):
+        raise ConfigError(
+            "a model that is one linear layer cannot be changed in place",
+            hint="put it into a torch.nn.Sequential",
+        )
     if not any(_fits(module) for module in model.modules()):
         raise ConfigError(
             f"no linear layer of the model can multiply in {dtype}",

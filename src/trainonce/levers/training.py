@@ -209,11 +209,6 @@ class Training:
                 "must not communicate",
                 hint="switch one of them off in the plan, or train on one rank",
             )
-        if "early-stop" in self.levers and eval_data is None:
-            raise ConfigError(
-                "early stop is on in the plan, and there are no data to evaluate on",
-                hint="give fit eval=..., or switch it off",
-            )
         self.stack = Stack(**self.levers)
         self.loader = self._make_loader(data)
         self._recomputing = _recompute(plan, model, data, loss, host.device)

@@ -429,10 +429,10 @@ def ignore(name):
     return setattr_
 
 
-def test_what_the_plan_has_on_and_nothing_can_serve_is_refused(made, tmp_path):
-    with pytest.raises(ConfigError, match="no data to evaluate on") as caught:
-        fit(tmp_path, made, eval=None)
-    assert caught.value.hint
+def test_early_stop_without_data_is_told_and_a_metric_that_is_no_tensor_is_refused(made, tmp_path):
+    lines = []
+    fit(tmp_path / "one", made, eval=None, progress=lines.append)
+    assert any("no data to evaluate on" in line for line in lines)
     with pytest.raises(ConfigError, match="returned float"):
         fit(tmp_path, made, metric=lambda _out, _batch: 3.0)
 
@@ -446,6 +446,10 @@ def test_recomputed_activations_change_no_bit_and_leave_the_model_as_it_was(
     assert same(plain, model)  # batch norms count a batch once
     assert one.history == other.history
     assert all("forward" not in vars(block) for block in model.modules())
+    broken = norm_net()
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path / "three", plan, broken, metric=lambda _out, _batch: 1 / 0)
+    assert all("forward" not in vars(block) for block in broken.modules())
 
 
 def test_a_plan_with_quantized_training_says_why_it_cannot_be_here(made, tmp_path):

@@ -31,7 +31,9 @@ for block in model.blocks.layers if hasattr(model, "blocks") else model.body:
     if trained(block):
         fully_shard(block, mesh=mesh)
 fully_shard(model, mesh=mesh)
-inner = torch.optim.AdamW(trained(model), lr=1e-3)
+# FSDP2 puts others in their place while a layer computes, and torchft reads the state then.
+parameters = list(model.parameters())
+inner = torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,16 +44,16 @@ def state() -> dict:
     """Return this rank's shards: the same rank of another group loads them."""
     moments = [
         {key: local(value) for key, value in inner.state[parameter].items()}
-        for parameter in trained(model)
+        for parameter in parameters
     ]
-    return {"parameters": [local(p).detach() for p in model.parameters()], "moments": moments}
+    return {"parameters": [local(each).detach() for each in parameters], "moments": moments}
 
 
 def load(found: dict) -> None:
     with torch.no_grad():
-        for parameter, value in zip(model.parameters(), found["parameters"], strict=True):
+        for parameter, value in zip(parameters, found["parameters"], strict=True):
             local(parameter).copy_(value)
-        for parameter, values in zip(trained(model), found["moments"], strict=True):
+        for parameter, values in zip(parameters, found["moments"], strict=True):
             for key, value in values.items():
                 mine = inner.state[parameter]
                 if key not in mine:

@@ -63,11 +63,11 @@ CASES = {  # name: (model, mesh, steps in the window, shadow)
     "FSDP 2": ("gpt:128:4:16", "shard:2", 20, 1),
 }
 HIDDEN = {  # name: model of an FSDP job of two, with enough computation or hardly any
-    "5 MB, gpt": "gpt:128:4:16",
-    "38 MB, mlp": "mlp:1024:2:8",
-    "38 MB, mlp, batch 512": "mlp:1024:2:512",
-    "151 MB, mlp": "mlp:2048:2:8",
-    "151 MB, mlp, batch 512": "mlp:2048:2:512",
+    "gpt": "gpt:128:4:16",
+    "mlp 1024": "mlp:1024:2:8",
+    "mlp 1024, batch 512": "mlp:1024:2:512",
+    "mlp 2048": "mlp:2048:2:8",
+    "mlp 2048, batch 512": "mlp:2048:2:512",
 }
 SHARDS = {
     "small": "mlp:256:2:8",
@@ -426,13 +426,13 @@ def markdown(found: dict[str, Any]) -> str:
                 ])  # fmt: skip
         parts.append(table(rows))
     if found.get("hidden"):
-        rows = [["state, model", "copied a step", "step without", "step with", "copy", "waited for",
+        rows = [["model", "copied a step", "step without", "step with", "copy", "waited for",
                  "hidden"]]  # fmt: skip
         rows += [
-            [name, f"{one['bytes_a_step'] / 1e6:.1f} MB", _ms(one["step_s"]["without"]),
+            [one["model"], f"{one['bytes_a_step'] / 1e6:.1f} MB", _ms(one["step_s"]["without"]),
              _ms(one["step_s"]["with"]), _ms(one["copying_s"]), _ms(one["waited_for_s"]),
              f"{one['hidden']:.0%}"]
-            for name, one in found["hidden"].items()
+            for one in found["hidden"].values()
         ]  # fmt: skip
         parts.append(table(rows))
     if found.get("recovery"):
@@ -441,7 +441,7 @@ def markdown(found: dict[str, Any]) -> str:
         rows += [
             [name.split(", ")[0], f"{one['state_bytes'] / 1e6:.1f} MB",
              str(len(one["incidents"])), _seconds(one["pause_s"]), _seconds(one["recovery_s"]),
-             _seconds(one["waited_for_spare_s"]), f"{one['limit_s']:.3f} s",
+             _seconds(one["waited_for_spare_s"]), f"{1e3 * one['limit_s']:.1f} ms",
              "yes" if one["same_digest"] else "NO"]
             for name, one in found["recovery"].items()
         ]  # fmt: skip

@@ -58,6 +58,7 @@ def test_the_job_waits_until_the_device_is_back(shaken):
     assert not of_kind(result, "guests_changed")
 
 
+@pytest.mark.slow
 def test_the_job_ends_with_a_checkpoint_and_goes_on_from_it(calm, tmp_path):
     job = ("--job-id", "left", *CHECKPOINT)
     left = run_job(SCRIPTS / "crowded.py", "--steps", 600, home=tmp_path, options=job,

@@ -247,4 +247,6 @@ def test_want_of_memory_on_a_shared_device_is_no_bug_of_the_script():
     crowded = [Death(rank=1, step=4, cause="exception", detail=detail, crowded=True)] * 4
     assert judge_death(crowded, 2).action is Action.REPLACE
     assert is_out_of_memory(detail)
-    assert not is_out_of_memory("ValueError: OutOfMemoryError")
+    assert is_out_of_memory("AcceleratorError: CUDA error: out of memory")
+    assert is_out_of_memory("RuntimeError: DefaultCPUAllocator: can't allocate memory")
+    assert not is_out_of_memory("ValueError: no such key in memory")

@@ -382,9 +382,10 @@ def place_for_move(
     return min(hosts, key=lambda s: (s.workers, s.slot)).slot
 
 
-_OUT_OF_MEMORY = ("OutOfMemoryError", "torch.OutOfMemoryError", "MemoryError")
+# The words of torch's allocators and of CUDA, which raise several types of exceptions.
+_OUT_OF_MEMORY = ("OutOfMemoryError:", "MemoryError:", "out of memory", "can't allocate memory")
 
 
 def is_out_of_memory(detail: str) -> bool:
     """Tell whether `detail` of a death is an exception for want of memory."""
-    return detail.partition(":")[0] in _OUT_OF_MEMORY
+    return any(words in detail for words in _OUT_OF_MEMORY)

@@ -24,7 +24,6 @@ from trainonce.checkpoint.store import CheckpointStore
 from trainonce.checkpoint.tensors import is_mine_to_write
 from trainonce.errors import CheckpointError
 from trainonce.wire.messages import Note, Report
-from trainonce.worker.shards import keeps_a_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,19 +179,16 @@ class Durable:
         runner = self._runner
         protected = runner.protected
         assert protected is not None
-        if any(keeps_a_part(optimizer) for optimizer in protected.optimizers.values()):
-            text = (
-                "no durable checkpoint is written: an optimizer splits its state between ranks by"
-                " itself (ZeroRedundancyOptimizer); FSDP2 with reshard_after_forward=False takes"
-                " as little memory and can be saved"
-            )
-            self._notify(Note(key="checkpoint-zero", level="warning", text=text))
-            return
-        whole = protected.whole()
-        mine = {name: t for name, t in whole.items() if is_mine_to_write(t, runner.rank)}
+        own = protected.own_names()
+        mine = {
+            name: tensor
+            for name, tensor in protected.whole().items()
+            if name in own or is_mine_to_write(tensor, runner.rank)
+        }
         names = [name for name, _ in protected.parameters()]
         first = runner.rank == 0
-        tree = json.dumps(protected.describe_whole()).encode() if first else b""
+        record = protected.describe_whole() if first else protected.describe_part()
+        tree = json.dumps(record).encode() if record else b""
         dtype = self._settings.parameter_dtype
         try:
             self._saver.save(
@@ -204,6 +200,7 @@ class Durable:
                 state=mine if first else None,
                 part=None if first else mine,
                 tree=tree,
+                split=protected.keeps_a_part,
                 model_names=names,
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
                 reason=reason,
@@ -246,8 +243,9 @@ class Durable:
         info = self._choose(store)
         if info is None or info.step <= beyond:
             return None
-        tree = json.loads(store.load(info, verify=False).tree)
-        loaded = store.load(info, protected.prepare_whole(tree), verify=False)
+        described = store.load(info, verify=False)
+        tree, parts = json.loads(described.tree), map(json.loads, described.part_trees())
+        loaded = store.load(info, protected.prepare_whole(tree, *parts), verify=False)
         # A rank that the saved job did not have begins with rank 0's local state.
         payload = loaded.rank_payload(runner.rank) or loaded.rank_payload(0)
         if payload is None:

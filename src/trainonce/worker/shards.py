@@ -113,6 +113,14 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]]:
     return optimizer.optim.state if keeps_a_part(optimizer) else optimizer.state  # type: ignore[attr-defined]
 
 
+def owned_by(optimizer: torch.optim.Optimizer) -> set[torch.Tensor] | None:
+    """Return the parameters whose state an optimizer keeps on this rank; None for all."""
+    if not keeps_a_part(optimizer):
+        return None
+    groups = optimizer.optim.param_groups  # type: ignore[attr-defined]
+    return {parameter for group in groups for parameter in group["params"]}
+
+
 def stripe(
     tensors: Sequence[tuple[str, torch.Tensor]], index: int, count: int
 ) -> list[tuple[str, torch.Tensor]]:

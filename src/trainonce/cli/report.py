@@ -101,7 +101,7 @@ def _alert(report: Report, economics: EconomicsSettings, ledger: Ledger) -> None
                 f"{event.threshold:.0%} of {event.limit:g} (budget {event.budget})",
                 file=sys.stderr,
             )
-            threads.append(post(alert, _warn))
+            threads.append(post(alert, _warn, after=threads[-1] if threads else None))
     for thread in filter(None, threads):
         thread.join()
     ledger.close()

@@ -160,7 +160,7 @@ class Costs:
                 f"budget {event.budget}: {event.used:.4g} of {event.limit:g} {event.metric} used,"
                 f" over {event.threshold:.0%}"
             )
-            thread = post(alert, job.say)
+            thread = post(alert, job.say, after=self._posts[-1] if self._posts else None)
             if thread is not None:
                 self._posts.append(thread)
             stops = event.budget in self._stops and event.threshold >= 1

@@ -89,12 +89,15 @@ def amounts(elapsed_s: float, money: Economics) -> dict[str, float | None]:
     }
 
 
-def post(alert: Alert, on_error: Callable[[str], None]) -> threading.Thread | None:
+def post(
+    alert: Alert, on_error: Callable[[str], None], *, after: threading.Thread | None = None
+) -> threading.Thread | None:
     """Send `alert` to its webhook as JSON, from a thread of its own.
 
     Args:
         alert: Without a webhook nothing is done.
         on_error: Called with one line when it could not be delivered after some tries.
+        after: Delivers the alert before, which is to arrive first.
 
     Returns:
         The thread, for whoever wants to wait; None without a webhook.
@@ -102,7 +105,7 @@ def post(alert: Alert, on_error: Callable[[str], None]) -> threading.Thread | No
     if not alert.webhook:
         return None
     thread = threading.Thread(
-        target=_deliver, args=(alert, on_error), name="trainonce-webhook", daemon=True
+        target=_deliver, args=(alert, on_error, after), name="trainonce-webhook", daemon=True
     )
     thread.start()
     return thread
@@ -119,7 +122,9 @@ def _alert(job: str, budget: BudgetSettings, threshold: float, amount: float) ->
     return Alert(job=job, event=event, webhook=budget.webhook)
 
 
-def _deliver(alert: Alert, on_error: Callable[[str], None]) -> None:
+def _deliver(alert: Alert, on_error: Callable[[str], None], after: threading.Thread | None) -> None:
+    if after is not None:
+        after.join()
     request = urllib.request.Request(
         alert.webhook,
         data=json.dumps(alert.to_record()).encode(),

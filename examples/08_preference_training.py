@@ -37,9 +37,8 @@ class CharacterModel(nn.Module):
         self.head = nn.Linear(width, 128)
 
     def forward(self, tokens):
-        time = tokens.shape[1]
-        mask = nn.Transformer.generate_square_subsequent_mask(time, device=tokens.device)
-        hidden = self.embed(tokens) + self.place(torch.arange(time, device=tokens.device))
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        hidden = self.embed(tokens) + self.place(torch.arange(tokens.shape[1]))
         return self.head(self.blocks(hidden, mask=mask, is_causal=True))
 
 
@@ -53,8 +52,7 @@ class LogProbabilities(nn.Module):
     def forward(self, pairs):
         tokens = pairs.flatten(0, 1)
         logits = self.model(tokens[:, :-1]).log_softmax(-1)
-        picked = logits.gather(-1, tokens[:, 1:, None])[..., 0]
-        return picked.sum(-1).view(-1, 2)
+        return logits.gather(-1, tokens[:, 1:, None])[..., 0].sum(-1).view(-1, 2)
 
 
 def preference_pairs(count):
@@ -77,8 +75,7 @@ def train_reference(pairs):
     model = CharacterModel()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for tokens in pairs[:, 0].split(64):
-        logits = model(tokens[:, :-1]).flatten(0, 1)
-        nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+        nn.functional.cross_entropy(model(tokens[:, :-1]).mT, tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval().requires_grad_(False)

@@ -1,9 +1,10 @@
 """Rank-local state in shared memory that outlives the worker.
 
 The worker makes the memory, the launcher holds a descriptor of it, and whoever takes the
-rank over reads it. Three slots are written in turn, each with a checksum, so that a process
-killed in the middle of a write leaves the two before it intact: the last commit, and the
-state announced ahead of the commit in flight.
+rank over reads it. Three slots, each with a checksum, hold the last two commits and the state
+announced ahead of the commit in flight: a survivor may stand one commit behind, and then the
+one before the last is asked for. What is announced anew for the same commit replaces what was,
+so that a process killed in the middle of a write leaves both commits intact.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Mirror:
             raise StateError(f"a mirror of {size} bytes is too small to be one")
         self._slot_bytes = size // _SLOTS
         self._map = mmap.mmap(fd, size)
-        self._serial = max((found[0] for found in self._valid()), default=0)
+        self._serial, self._slot, newest = max(
+            self._valid(), default=(0, _SLOTS - 1, None), key=lambda found: found[0]
+        )
+        self._ahead = newest.commits if newest is not None and not newest.final else None
 
     @classmethod
     def create(cls, payload_bytes: int) -> Mirror:
@@ -71,9 +75,12 @@ class Mirror:
         return payload_bytes + _HEADER.size <= self._slot_bytes
 
     def publish(self, commits: int, payload: bytes, *, final: bool) -> None:
-        """Write a record into the oldest slot. Atomic: readers see all of it or none."""
+        """Write a record. Atomic: readers see all of it or none."""
         serial = self._serial + 1
-        base = (serial % _SLOTS) * self._slot_bytes
+        if final or self._ahead != commits:
+            self._slot = (self._slot + 1) % _SLOTS
+        self._ahead = None if final else commits
+        base = self._slot * self._slot_bytes
         begin = base + _HEADER.size
         # The header goes invalid first and valid last, so a torn write is never believed.
         self._map[base : base + 4] = b"\0\0\0\0"
@@ -85,7 +92,7 @@ class Mirror:
 
     def find(self, commits: int) -> Record | None:
         """Return the newest record for `commits` committed steps, if one is intact."""
-        found = [(serial, record) for serial, record in self._valid() if record.commits == commits]
+        found = [(serial, each) for serial, _, each in self._valid() if each.commits == commits]
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
     def close(self) -> None:
@@ -93,8 +100,9 @@ class Mirror:
         self._map.close()
         os.close(self.fd)
 
-    def _valid(self) -> list[tuple[int, Record]]:
-        found: list[tuple[int, Record]] = []
+    def _valid(self) -> list[tuple[int, int, Record]]:
+        """Return serial number, slot and record of each slot that is intact."""
+        found: list[tuple[int, int, Record]] = []
         for slot in range(_SLOTS):
             base = slot * self._slot_bytes
             magic, version, serial, commits, length, final, checksum = _HEADER.unpack(
@@ -104,5 +112,5 @@ class Mirror:
                 continue
             payload = self._map[base + _HEADER.size : base + _HEADER.size + length]
             if zlib.crc32(payload, serial & 0xFFFFFFFF) == checksum:
-                found.append((serial, Record(commits, bool(final), payload)))
+                found.append((serial, slot, Record(commits, bool(final), payload)))
         return found

@@ -65,6 +65,11 @@ class Fleet:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code
+        except urllib.error.URLError as error:
+            # The answer to a message that is too large may come before all of it was sent.
+            if not isinstance(error.reason, BrokenPipeError | ConnectionResetError):
+                raise
+            return "cut off"
         return 200
 
     def metric(self, name, **labels):
@@ -148,7 +153,7 @@ def test_liars_and_stallers_are_refused_and_the_others_are_still_served(fleet):
     assert post(good, token="wrong") == 401
     assert fleet.status(token="wrong") == 401
     assert fleet.status(path="/healthz", token="wrong") == 200
-    assert post(b"x" * (1 << 20) + b"x") == 413
+    assert post(b"x" * (1 << 20) + b"x") in (413, "cut off")
     assert post(b"not json") == 422
     assert post(good.replace(b'"liar"', b'"li\\nar"')) == 422
     bad = {**report, "readings": [{"mono_s": 1.0, "device": "gpu0", "temperature_c": 1e300}]}

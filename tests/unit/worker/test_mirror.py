@@ -29,6 +29,20 @@ def test_the_two_commits_before_the_present_write_are_kept(mirror):
     assert mirror.find(3) is None
 
 
+def test_what_is_announced_anew_for_a_commit_takes_no_further_slot(mirror):
+    mirror.publish(5, b"final5", final=True)
+    for announced in range(4):
+        mirror.publish(6, b"early6.%d" % announced, final=False)
+    heir = Mirror(os.dup(mirror.fd))
+    heir.publish(6, b"early6.heir", final=False)
+    assert heir.find(6).payload == b"early6.heir"
+    heir.publish(6, b"final6", final=True)
+    # A survivor may not have committed the sixth yet.
+    assert heir.find(5).payload == b"final5"
+    assert heir.find(6) == (6, True, b"final6")
+    heir.close()
+
+
 def test_a_torn_record_is_never_believed(mirror):
     mirror.publish(1, b"first", final=True)
     mirror.publish(2, b"second" * 50, final=True)
@@ -78,7 +92,7 @@ def test_a_process_killed_while_it_writes_leaves_the_commits_before():
         process.stdout.close()
         found = mirror._valid()
         assert len(found) >= 2
-        for _, record in found:
+        for _, _, record in found:
             assert record.payload == (b"%d " % record.commits) * 4000
         mirror.close()
 

@@ -7,6 +7,8 @@ import pytest
 
 from trainonce.testing import run_job
 
+# A process of plain torch now and then aborts while it exits, on a loaded machine.
+_TORCH_ABORTS = "terminate called without an active exception"
 SCRIPT = Path(__file__).parent / "scripts" / "sharded.py"
 
 
@@ -22,13 +24,18 @@ def plain(tmp_path_factory):
     def find(way, *axes, steps=14):
         key = (way, *axes, steps)
         if key not in known:
-            known[key] = run_job(
-                SCRIPT, way, *axes, "--steps", steps,
-                nproc_per_node=ranks(axes), launcher="torchrun",
-                home=tmp_path_factory.mktemp("plain"),
-            )  # fmt: skip
+            known[key] = once(way, axes, steps)
+            if _TORCH_ABORTS in known[key].stderr:
+                known[key] = once(way, axes, steps)
             known[key].assert_completed()
         return known[key]
+
+    def once(way, axes, steps):
+        return run_job(
+            SCRIPT, way, *axes, "--steps", steps,
+            nproc_per_node=ranks(axes), launcher="torchrun",
+            home=tmp_path_factory.mktemp("plain"),
+        )  # fmt: skip
 
     return find
 

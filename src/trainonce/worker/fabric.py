@@ -282,8 +282,7 @@ class Fabric:
             self._progress["issued"] += 1
             if log is self.world and op.interval == self.interval and not op.settles:
                 self._num_issued += 1
-            if isinstance(log, Channel) and log.sends:
-                known = True
+            if isinstance(log, Channel):
                 self._issue_messages(log)
             elif not known and not self._broken and log.inner is not None:
                 self._issue(log, op)

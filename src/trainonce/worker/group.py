@@ -328,11 +328,11 @@ class OnceGroup(dist.ProcessGroup):
             return self._done(tensors)
         channel = self._channel(self._current_rank(), rank, tag)
         message = self._take(as_bytes(tensor))
-        future: torch.futures.Future[Any] = torch.futures.Future()
 
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
             return inner.pg.send([message], rank, channel.tag), [message]
 
+        future = _future_of(tensors)
         op = Op(
             SEND, _size_text(message), launch, lambda _: None, tensors, future, buffers=[message]
         )
@@ -347,7 +347,7 @@ class OnceGroup(dist.ProcessGroup):
             return self._done(tensors)
         channel = self._channel(rank, self._current_rank(), tag)
         like = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8, device="meta")
-        future: torch.futures.Future[Any] = torch.futures.Future()
+        future = _future_of(tensors)
 
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
             with self._fabric.lock:
@@ -440,8 +440,7 @@ class OnceGroup(dist.ProcessGroup):
         value: list[Any],
         kept: list[torch.Tensor] | None = None,
     ) -> OnceWork:
-        devices = sorted({t.device.index for t in value if _is_cuda(t)})
-        future: torch.futures.Future[Any] = torch.futures.Future(devices=devices or None)
+        future = _future_of(value)
         op = Op(kind, signature, launch, deliver, value, future, kept=kept or [])
         self._fabric.submit(self._log, op)
         return OnceWork(future, self._waiting)
@@ -485,6 +484,12 @@ def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
     target.data.copy_(value)
     if target.is_cuda:
         torch.cuda.current_stream(target.device).synchronize()
+
+
+def _future_of(value: list[Any]) -> torch.futures.Future[Any]:
+    """Return a future that can resolve to `value`."""
+    devices = sorted({t.device.index for t in value if _is_cuda(t)})
+    return torch.futures.Future(devices=devices or None)
 
 
 def _is_cuda(value: object) -> bool:

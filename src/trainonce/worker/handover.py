@@ -170,7 +170,7 @@ class Handover:
                 hint="the first execution tells all ranks of it: do so there too, or make a"
                 " group of some ranks before run.protect (dist.new_group, init_device_mesh)",
             )
-        if torch_private.pipelines_unwatched():
+        if self._runner.executing and torch_private.pipelines_unwatched():
             raise CollectiveError(
                 "torch.distributed.pipelining was imported inside a step",
                 hint="import it at the top of the script",

@@ -336,21 +336,20 @@ class Channel(OpLog):
         return self.group.inner
 
     def add(self, op: Op, interval: int) -> bool:
-        """Give a message its place; one that is there already need not be issued."""
+        """Give a message its place; return whether it is complete for this rank."""
         if super().add(op, interval):
             return True
-        if not self.sends:
-            return False
-        if (op.interval, op.seq) in self.taken:
+        if self.sends:
+            # It has all it needs, and waits for nobody.
             op.state = OpState.DELIVERING
-            return True
-        self.unsent.append(op)
-        return False
+            if (op.interval, op.seq) not in self.taken:
+                self.unsent.append(op)
+        return self.sends
 
     def to_issue(self) -> list[Op]:
         """Return what goes out on a new inner group, in the order in which the other end does."""
         if not self.sends:
-            return self.pending()
+            return [op for op in self.pending() if op.work is None]
         unsent, self.unsent = self.unsent, []
         return unsent
 

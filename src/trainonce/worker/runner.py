@@ -218,6 +218,8 @@ class Runner:
                 hint="run.protect(model=model, optimizer=optimizer, loader=loader)",
             )
         self._entered = True
+        if self.fabric is not None:
+            torch_private.watch_pipelines(self.preparing_stages)
         self.prepare()
         self.injector.watch(self.protected.modules.values())
         self._set_phase(Phase.BETWEEN)

@@ -104,8 +104,8 @@ class Handover:
         if self._runner.rehearsing or (self._used_maps and self._is_used_map(kind, tensors)):
             return True
         if self._fabric.stages_late and kind not in (SEND, RECEIVE):
-            # Only shapes matter there.
-            return True
+            # Only shapes matter there; but a DDP may be about to settle its buckets.
+            return not self.orders_buckets()
         if self._fabric.interval != SETUP:
             return False
         ddp = torch_private.constructing_ddp()

@@ -551,15 +551,18 @@ class Fabric:
         received_bytes = 0
         formed: Formed | None = None
         while formed is None:
-            with host.frozen(lambda: self._is_superseded(message)):
-                self._check(message)
-                plan = self._agree(host, inner, fresh=newcomer)
-                completed, moved = self._move_results(plan, inner)
-                received_bytes += moved
-                if not plan.catch_up:
-                    formed = self._hand_over(message, inner, plan, received_bytes)
-            for log, op in completed:
-                self._finish(log, op)
+            completed: list[tuple[GroupLog | Channel, Op]] = []
+            try:
+                with host.frozen(lambda: self._is_superseded(message)):
+                    self._check(message)
+                    plan = self._agree(host, inner, fresh=newcomer)
+                    received_bytes += self._move_results(plan, inner, completed)
+                    if not plan.catch_up:
+                        formed = self._hand_over(message, inner, plan, received_bytes)
+            finally:
+                # Also where the recovery was abandoned: nobody gives them once more.
+                for log, op in completed:
+                    self._finish(log, op)
             if self.rank in plan.catch_up:
                 self._wait_commits(message, plan.commits)
         return formed
@@ -652,10 +655,15 @@ class Fabric:
         return "", 0
 
     def _move_results(
-        self, plan: Plan, inner: InnerGroup
-    ) -> tuple[list[tuple[GroupLog | Channel, Op]], int]:
-        """Hand logged results over; return the operations that now have theirs, and bytes."""
-        completed: list[tuple[GroupLog | Channel, Op]] = []
+        self, plan: Plan, inner: InnerGroup, completed: list[tuple[GroupLog | Channel, Op]]
+    ) -> int:
+        """Hand logged results over; return how many bytes came.
+
+        Args:
+            plan: Who gives what.
+            inner: The new inner group.
+            completed: Gets the operations that now have their result.
+        """
         received_bytes = 0
         with self.lock:
             for key, interval, seq in plan.again:
@@ -676,7 +684,7 @@ class Fabric:
                 tensors = receive_tensors(inner, transfer.source)
                 received_bytes += sum(tensor.nbytes for tensor in tensors)
                 completed.extend(self._place(transfer, tensors))
-        return completed, received_bytes
+        return received_bytes
 
     def _log(self, key: str) -> GroupLog | Channel:
         return self._groups.get(key) or self._channels[key]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from trainonce.checkpoint.store import CheckpointStore
+from trainonce.events import ReplicasDiffer
 from trainonce.testing import run_job
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -197,3 +198,15 @@ def test_messages_that_cannot_be_kept_apart_are_refused(tmp_path, way, says):
     result = run_job(MESSAGES, way, nproc_per_node=2, home=tmp_path)
     assert result.exit_code == 1
     assert says in result.stderr
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_one_of_three_copies_of_a_stage_is_repaired(plain, tmp_path):
+    axes = ("pp:2", "rep:3")
+    result = run_job(
+        PIPELINE, "1f1b", "ddp", *axes, "--verify-every", 2, nproc_per_node=6, home=tmp_path,
+        chaos="flip rank=4 step=4 point=between",
+    )  # fmt: skip
+    result.assert_completed()
+    (found,) = [event for event in result.events if isinstance(event, ReplicasDiffer)]
+    assert (found.odd_ranks, found.repaired_from) == ([4], 3)

@@ -219,7 +219,7 @@ class Durable:
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
                 reason=reason,
                 of_many=replicas is not None,
-                notes={_PARTS: replicas is not None},
+                notes={} if replicas is None else {_PARTS: True},
             )
             if wait:
                 self._saver.wait()

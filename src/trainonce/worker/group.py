@@ -333,9 +333,8 @@ class OnceGroup(dist.ProcessGroup):
             return inner.pg.send([message], rank, channel.tag), [message]
 
         future = _future_of(tensors)
-        op = Op(
-            SEND, _size_text(message), launch, lambda _: None, tensors, future, buffers=[message]
-        )
+        signature = channel.signature(message.numel())
+        op = Op(SEND, signature, launch, lambda _: None, tensors, future, buffers=[message])
         self._fabric.submit(channel, op)
         return OnceWork(future, self._waiting)
 
@@ -359,7 +358,7 @@ class OnceGroup(dist.ProcessGroup):
                 raise _other_size(result[0].numel(), like.numel(), rank)
             _copy(tensor, result[0].view(tensor.dtype).view(tensor.shape))
 
-        op = Op(RECEIVE, _size_text(like), launch, deliver, tensors, future)
+        op = Op(RECEIVE, channel.signature(like.numel()), launch, deliver, tensors, future)
         self._fabric.submit(channel, op)
         work = OnceWork(future, self._waiting)
         work.fetch = lambda: self._fabric.wait(channel, op)
@@ -502,11 +501,6 @@ def _check_dense(tensor: torch.Tensor) -> None:
             f"a collective on a tensor of layout {tensor.layout} cannot be replayed",
             hint="use dense gradients (sparse=False in nn.Embedding)",
         )
-
-
-def _size_text(message: torch.Tensor) -> str:
-    """Return the signature of a message: both ends must agree on its size, not on its shape."""
-    return f"message({message.numel()} bytes)"
 
 
 def _other_size(sent: int, wanted: int, source: int) -> CollectiveError:

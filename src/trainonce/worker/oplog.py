@@ -335,6 +335,13 @@ class Channel(OpLog):
         """The inner group that carries the messages, if there is one now."""
         return self.group.inner
 
+    def signature(self, num_bytes: int) -> str:
+        """Return what both ends must agree on: the size of a message, not its shape.
+
+        What stages say in words may differ in size from one process to another.
+        """
+        return "message of stages" if self.stages else f"message({num_bytes} bytes)"
+
     def add(self, op: Op, interval: int) -> bool:
         """Give a message its place; return whether it is complete for this rank."""
         if super().add(op, interval):

@@ -70,6 +70,7 @@ class AsyncSaver:
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
         reason: str = "interval",
+        of_many: bool = False,
         notes: dict[str, Any] | None = None,
     ) -> None:
         """Copy the state, and write it in the background.
@@ -85,11 +86,12 @@ class AsyncSaver:
             rank_payload: What this rank keeps to itself.
             state: Name to tensor; None on the ranks that do not commit. May change as soon
                 as this returns. Of a DTensor the local part is written.
-            part: On the other ranks: split tensors of which this one writes its part.
+            part: On the other ranks: what they write.
             tree: Small replicated state, encoded.
             model_names: As for `Staging.write_replicated`.
             storage_dtypes: As for `Staging.write_replicated`.
             reason: Why now, for the ledger.
+            of_many: As for `Staging.write_replicated`.
             notes: Plain values to keep in the manifest.
 
         Raises:
@@ -116,8 +118,9 @@ class AsyncSaver:
                 with staging:
                     staging.write_rank(rank, rank_payload)
                     staging.write_replicated(
-                        staged, tree, model_names=model_names, storage_dtypes=storage_dtypes
-                    )
+                        staged, tree, model_names=model_names, storage_dtypes=storage_dtypes,
+                        of_many=of_many,
+                    )  # fmt: skip
                     info = staging.commit(timeout_s=self._timeout_s, notes=notes)
                 self._report(info, blocked_s, begun_s, reason)
             except BaseException as error:

@@ -275,6 +275,7 @@ class Staging:
         *,
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
+        of_many: bool = False,
     ) -> None:
         """Write what all ranks have in common; called by the committing rank.
 
@@ -285,6 +286,7 @@ class Staging:
                 own, which other tools can read.
             storage_dtypes: Name to a narrower dtype to store a floating-point tensor in. A
                 resume from such a checkpoint is not exact, and the manifest says so.
+            of_many: Other ranks write tensors too, with `write_part`.
 
         Raises:
             CheckpointError: It cannot be written.
@@ -293,7 +295,7 @@ class Staging:
         stored = self._narrow(state, storage_dtypes or {})
         with files.explained("writing", self.path):
             if stored:
-                tensors.write_tensors(self.path, stored, model_names)
+                tensors.write_tensors(self.path, stored, model_names, of_many=of_many)
             (self.path / _TREE).write_bytes(tree)
 
     def write_part(
@@ -304,13 +306,13 @@ class Staging:
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """Write this rank's parts of split tensors; called by others than the committing rank.
+        """Write what this rank alone writes; called by others than the committing rank.
 
         To be complete before `write_rank`, for which the committing rank waits.
 
         Args:
             rank: Who writes.
-            state: Name to DTensor, of which the local part is written.
+            state: Name to tensor; of a DTensor the local part is written.
             model_names: As for `write_replicated`.
             storage_dtypes: As for `write_replicated`.
 

@@ -89,6 +89,8 @@ class Protected:
             for name, module in self.modules.items()
             for key, buffer in module.named_buffers()
         )
+        self.replicas: tuple[int, ...] | None = None
+        """Ranks that hold the same names and shapes; None for all."""
         self._local = _running_statistics(self.modules)
         # Read for every parameter in every step.
         split = any(local_of(tensor) is not tensor for _, tensor in self._parameters)
@@ -140,7 +142,7 @@ class Protected:
     def shard_key(self, rank: int) -> str:
         """Return what identifies the part of the state that this rank holds; empty for all."""
         tensors = (*self._parameters, *self._buffers)
-        return shard_key(tensors, self.optimizers.values(), rank)
+        return shard_key(tensors, self.optimizers.values(), rank, self.replicas)
 
     def replicated(self) -> Named:
         """Return the replicated tensors, live, in the same order on every rank.

@@ -67,10 +67,10 @@ class AsyncSaver:
         state: Mapping[str, torch.Tensor] | None = None,
         part: Mapping[str, torch.Tensor] | None = None,
         tree: bytes = b"",
+        split: bool = False,
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
         reason: str = "interval",
-        of_many: bool = False,
         notes: dict[str, Any] | None = None,
     ) -> None:
         """Copy the state, and write it in the background.
@@ -86,12 +86,12 @@ class AsyncSaver:
             rank_payload: What this rank keeps to itself.
             state: Name to tensor; None on the ranks that do not commit. May change as soon
                 as this returns. Of a DTensor the local part is written.
-            part: On the other ranks: what they write.
-            tree: Small replicated state, encoded.
+            part: On the other ranks: tensors that are split, or that this rank writes alone.
+            tree: Small replicated state, encoded; on the other ranks what belongs to `part`.
+            split: As for `Staging.write_replicated`.
             model_names: As for `Staging.write_replicated`.
             storage_dtypes: As for `Staging.write_replicated`.
             reason: Why now, for the ledger.
-            of_many: As for `Staging.write_replicated`.
             notes: Plain values to keep in the manifest.
 
         Raises:
@@ -108,9 +108,13 @@ class AsyncSaver:
             try:
                 staging = self.store.begin(step, world_size, nonce=nonce)
                 if state is None or staged is None:
-                    if staged:
+                    if staged or tree:
                         staging.write_part(
-                            rank, staged, model_names=model_names, storage_dtypes=storage_dtypes
+                            rank,
+                            staged or {},
+                            tree,
+                            model_names=model_names,
+                            storage_dtypes=storage_dtypes,
                         )
                     staging.write_rank(rank, rank_payload)
                     return
@@ -119,7 +123,7 @@ class AsyncSaver:
                     staging.write_rank(rank, rank_payload)
                     staging.write_replicated(
                         staged, tree, model_names=model_names, storage_dtypes=storage_dtypes,
-                        of_many=of_many,
+                        split=split,
                     )  # fmt: skip
                     info = staging.commit(timeout_s=self._timeout_s, notes=notes)
                 self._report(info, blocked_s, begun_s, reason)

@@ -120,7 +120,7 @@ def write_tensors(
     model_names: Collection[str],
     *,
     part: int = 0,
-    of_many: bool = False,
+    split: bool = False,
 ) -> None:
     """Write `tensors` into `folder`: those of `model_names` into a file of their own.
 
@@ -131,7 +131,7 @@ def write_tensors(
         tensors: By name.
         model_names: Names of the model's.
         part: Number of these files among those of one checkpoint.
-        of_many: There are other such files, also where nothing is split.
+        split: There are other such files, also where no tensor is split.
 
     Raises:
         OSError: The file system refuses.
@@ -141,7 +141,7 @@ def write_tensors(
     names = set(model_names)
     model_file, state_file = file_names(part)
     file_of = {name: model_file if name in names else state_file for name in state}
-    split = of_many or part > 0 or any(isinstance(tensor, DTensor) for tensor in state.values())
+    split = split or part > 0 or any(isinstance(tensor, DTensor) for tensor in state.values())
     writer = SafetensorsWriter(str(folder), file_of, split=split)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     # What dcp.save(no_dist=True) does, less its warning that there is no process group.

@@ -24,8 +24,6 @@ from trainonce.checkpoint.store import CheckpointStore
 from trainonce.checkpoint.tensors import is_mine_to_write
 from trainonce.errors import CheckpointError
 from trainonce.wire.messages import Note, Report
-from trainonce.worker.kept import join, split
-from trainonce.worker.shards import keeps_a_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 _POLL_EVERY_S = 0.5
 _FIRST_INTERVAL_S = 300.0
 _SHORTEST_INTERVAL_S = 30.0
-# Note in the manifest: not all ranks hold the same names, so each part has its own description.
+# Note in the manifest: not all ranks hold the same names, so names have a prefix.
 _PARTS = "parts"
 # Between failures that leave no living copy, which only a checkpoint recovers from.
 _MTBF_S = 24 * 3600.0
@@ -184,26 +182,18 @@ class Durable:
         runner = self._runner
         protected = runner.protected
         assert protected is not None
-        if any(keeps_a_part(optimizer) for optimizer in protected.optimizers.values()):
-            text = (
-                "no durable checkpoint is written: an optimizer splits its state between ranks by"
-                " itself (ZeroRedundancyOptimizer); FSDP2 with reshard_after_forward=False takes"
-                " as little memory and can be saved"
-            )
-            self._notify(Note(key="checkpoint-zero", level="warning", text=text))
-            return
         replicas = protected.replicas
         owner, prefix = (0, "") if replicas is None else (replicas[0], _prefix(replicas[0]))
+        own = protected.own_names()
         mine = {
             prefix + name: tensor
             for name, tensor in protected.whole().items()
-            if is_mine_to_write(tensor, runner.rank, owner)
+            if name in own or is_mine_to_write(tensor, runner.rank, owner)
         }
         names = [prefix + name for name, _ in protected.parameters()]
         first = runner.rank == 0
-        described = runner.rank == owner
-        tree = json.dumps(protected.describe_whole()).encode() if described else b""
-        payload = runner.local.payload
+        record = protected.describe_whole() if runner.rank == owner else protected.describe_part()
+        tree = json.dumps(record).encode() if record else b""
         dtype = self._settings.parameter_dtype
         try:
             self._saver.save(
@@ -211,14 +201,14 @@ class Durable:
                 rank=runner.rank,
                 world_size=runner.world_size,
                 nonce=f"{os.environ.get('TRAINONCE_JOB', 'solo')}-{self._next_poll}",
-                rank_payload=payload if replicas is None else join([payload, tree]),
+                rank_payload=runner.local.payload,
                 state=mine if first else None,
                 part=None if first else mine,
                 tree=tree,
+                split=replicas is not None or protected.keeps_a_part,
                 model_names=names,
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
                 reason=reason,
-                of_many=replicas is not None,
                 notes={} if replicas is None else {_PARTS: True},
             )
             if wait:
@@ -265,43 +255,33 @@ class Durable:
                 " run.protect(..., replicas=...), and this script has it otherwise",
                 hint="resume with the script and the mesh that it was written with",
             )
-        if protected.replicas is None:
-            payload = self._load(store, info, protected)
-        else:
-            payload = self._load_part(store, info, protected, protected.replicas[0])
+        payload = self._load(store, info, protected)
         if runner.rank == 0:
             text = f"resumed from the checkpoint of step {info.step}"
             self._notify(Note(key=f"resumed-{info.step}", text=text))
         return info.step, payload
 
     def _load(self, store: CheckpointStore, info: CheckpointInfo, protected: Protected) -> bytes:
-        """Load what all ranks hold, whole or in parts; return the local record of this one."""
-        tree = json.loads(store.load(info, verify=False).tree)
-        loaded = store.load(info, protected.prepare_whole(tree), verify=False)
-        # A rank that the saved job did not have begins with rank 0's local state.
-        payload = loaded.rank_payload(self._runner.rank) or loaded.rank_payload(0)
+        """Load what this rank holds, whole or a part; return its local record."""
+        described = store.load(info, verify=False)
+        trees = {0: described.tree, **described.part_trees()}
+        holders, prefix = list(trees), ""
+        if protected.replicas is not None:
+            holders, prefix = list(protected.replicas), _prefix(protected.replicas[0])
+        if holders[0] not in trees:
+            raise CheckpointError(
+                f"{info.path} holds nothing of which rank {holders[0]} is the first holder",
+                hint="resume stages of a pipeline on the mesh that they were saved on",
+            )
+        records = [json.loads(trees[rank]) for rank in holders if rank in trees]
+        tensors = protected.prepare_whole(*records)
+        into = {prefix + name: tensor for name, tensor in tensors.items()}
+        loaded = store.load(info, into, verify=False)
+        # A rank that the saved job did not have begins with the first holder's local state.
+        payload = loaded.rank_payload(self._runner.rank) or loaded.rank_payload(holders[0])
         if payload is None:
             raise CheckpointError(f"{info.path} holds no local state of any rank")
         return payload
-
-    def _load_part(
-        self, store: CheckpointStore, info: CheckpointInfo, protected: Protected, owner: int
-    ) -> bytes:
-        """Load what the ranks hold of which `owner` is the first; return the local record."""
-        loaded = store.load(info, verify=False)
-        mine, described = (
-            split(loaded.rank_payload(rank) or join([b"", b""]))
-            for rank in (self._runner.rank, owner)
-        )
-        if not described[1]:
-            raise CheckpointError(
-                f"{info.path} holds nothing of which rank {owner} is the first holder",
-                hint="resume stages of a pipeline on the mesh that they were saved on",
-            )
-        tensors = protected.prepare_whole(json.loads(bytes(described[1])))
-        prefix = _prefix(owner)
-        store.load(info, {prefix + name: each for name, each in tensors.items()}, verify=False)
-        return bytes(mine[0])
 
     def _choose(self, store: CheckpointStore) -> CheckpointInfo | None:
         choice: list[Any] = [None]

@@ -73,7 +73,8 @@ class RankReport:
             (str(group), int(interval), int(seq)): (str(signature), int(known))
             for group, interval, seq, signature, known in record["ops"]
         }
-        return cls(**{**record, "ops": ops})
+        fields: dict[str, Any] = {**record, "ops": ops}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -287,12 +287,11 @@ class Run:
     def _choose_device(self) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        if self._promotion.done:
-            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        else:
-            # A spare has no rank yet: it shares a device with whoever comes round.
-            local_rank = self._link.worker if self._link else 0
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        # Under the launcher a process uses the device of its slot, whichever rank it holds. With
+        # more slots than devices, some share one.
+        slot = settings.SLOT.get() if self._link is not None else None
+        number = int(slot or os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", number % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
 

@@ -76,13 +76,12 @@ def split_text(tensor: torch.Tensor) -> str:
     return shape if split is None else f"{shape}@{','.join(split['placements'])}"
 
 
-def ranks_of(
-    replicas: DeviceMesh | dist.ProcessGroup, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> tuple[int, ...]:
+def ranks_of(replicas: object, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, ...]:
     """Return the global ranks of a mesh or a group, in ascending order.
 
     Args:
-        replicas: The ranks that hold the same state as this one, or parts of the same tensors.
+        replicas: A `DeviceMesh` or a `ProcessGroup`, of the ranks that hold the same state as this
+            one, or parts of the same tensors.
         tensors: Every protected tensor, by name.
 
     Raises:
@@ -179,6 +178,14 @@ def keeps_a_part(optimizer: Any) -> bool:
 def state_of(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Any]]:
     """Return the state that an optimizer keeps on this rank, by parameter."""
     return optimizer.optim.state if keeps_a_part(optimizer) else optimizer.state  # type: ignore[attr-defined]
+
+
+def owned_by(optimizer: torch.optim.Optimizer) -> set[torch.Tensor] | None:
+    """Return the parameters whose state an optimizer keeps on this rank; None for all."""
+    if not keeps_a_part(optimizer):
+        return None
+    groups = optimizer.optim.param_groups  # type: ignore[attr-defined]
+    return {parameter for group in groups for parameter in group["params"]}
 
 
 def stripe(

@@ -154,8 +154,9 @@ def test_both_stages_lost_at_once_go_on_from_their_shadows(stages):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_stages_is_resumed_with_every_bit(plain, tmp_path):
-    run = functools.partial(run_job, PIPELINE, "1f1b", "ddp", *TWO_BY_TWO, nproc_per_node=4)
+@pytest.mark.parametrize("sync", ["ddp", "zero"])
+def test_a_checkpoint_of_stages_is_resumed_with_every_bit(plain, tmp_path, sync):
+    run = functools.partial(run_job, PIPELINE, "1f1b", sync, *TWO_BY_TWO, nproc_per_node=4)
     begun = run("--steps", 5, home=tmp_path / "begun")
     begun.assert_completed()
     folder = tmp_path / "begun" / "jobs" / begun.job / "checkpoints"
@@ -164,7 +165,7 @@ def test_a_checkpoint_of_stages_is_resumed_with_every_bit(plain, tmp_path):
     resumed = run("--steps", 12, home=tmp_path / "resumed", options=("--resume", str(folder)))
     resumed.assert_completed()
     assert "resumed from the checkpoint of step 5" in resumed.stderr
-    resumed.assert_same_state(plain("1f1b", "ddp", *TWO_BY_TWO, steps=12, script="pipeline.py"))
+    resumed.assert_same_state(plain("1f1b", sync, *TWO_BY_TWO, steps=12, script="pipeline.py"))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -30,7 +31,7 @@ torch.set_num_threads(1)
 faulthandler.dump_traceback_later(150)
 parser = argparse.ArgumentParser()
 parser.add_argument("schedule", choices=SCHEDULES)
-parser.add_argument("sync", choices=("ddp", "reduce", "hsdp", "none"))
+parser.add_argument("sync", choices=("ddp", "zero", "reduce", "hsdp", "none"))
 parser.add_argument("axes", nargs="+")
 parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--evaluate-every", type=int, default=0)
@@ -61,7 +62,7 @@ def layers(index):
 whole = [layers(index) for index in range(num_stages)]
 mine = list(range(mesh.get_local_rank("pp"), num_stages, mesh["pp"].size()))
 modules = [whole[index] for index in mine]
-if arguments.sync == "ddp":
+if arguments.sync in ("ddp", "zero"):
     modules = [DistributedDataParallel(m, process_group=copies.get_group()) for m in modules]
 if arguments.sync == "hsdp":
     modules = [fully_shard(m, mesh=mesh["rep", "shard"]) for m in modules]
@@ -74,7 +75,12 @@ schedule = SCHEDULES[arguments.schedule](
     loss_fn=torch.nn.functional.mse_loss,
 )  # fmt: skip
 parameters = [parameter for module in modules for parameter in module.parameters()]
-optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+if arguments.sync == "zero":
+    optimizer = ZeroRedundancyOptimizer(
+        parameters, torch.optim.AdamW, process_group=copies.get_group(), lr=1e-2
+    )
+else:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
 options = {} if arguments.shadow_every is None else {"shadow_every": arguments.shadow_every}
 if arguments.sync == "hsdp":
     options["replicas"] = mesh["rep", "shard"]
@@ -129,8 +135,9 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+kept = optimizer.optim.state if arguments.sync == "zero" else optimizer.state
 state = [
-    {key: local(value) for key, value in optimizer.state[parameter].items()}
+    {key: local(value) for key, value in kept.get(parameter, {}).items()}
     for parameter in parameters
 ]
 record(

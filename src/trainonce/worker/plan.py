@@ -73,7 +73,8 @@ class RankReport:
             (str(group), int(interval), int(seq)): (str(signature), int(known))
             for group, interval, seq, signature, known in record["ops"]
         }
-        return cls(**{**record, "ops": ops})
+        rest: dict[str, Any] = {key: value for key, value in record.items() if key != "ops"}
+        return cls(ops=ops, **rest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def split_text(tensor: torch.Tensor) -> str:
 
 
 def ranks_of(
-    replicas: DeviceMesh | dist.ProcessGroup, tensors: Iterable[tuple[str, torch.Tensor]]
+    replicas: DeviceMesh | dist.ProcessGroup | object, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> tuple[int, ...]:
     """Return the global ranks of a mesh or a group, in ascending order.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,7 +154,13 @@ class Handover:
         fabric.begin_stages(self._pipelines.name(schedule))
         copies = [buffer.clone() for buffer in buffers] if fabric.stages_late else []
         try:
-            yield
+            with ExitStack() as stack:
+                if fabric.stages_late:
+                    # A DDP that sees this pass would reduce in the next backward pass, which
+                    # the others do in the step in which they got ready.
+                    for _, ddp in self._ddps.living():
+                        stack.enter_context(ddp.no_sync())
+                yield
         finally:
             fabric.end_stages()
             for buffer, copy in zip(buffers, copies, strict=False):

@@ -145,17 +145,19 @@ class Handover:
         """Surround the part in which a pipeline's stages tell each other their shapes.
 
         A newcomer does so when the others are past it: it is served what they said, and puts
-        back what its own passes, over no data, leave in `buffers`.
+        back what its own passes, over no data, leave in `buffers`. So do all ranks in the first
+        step of a resumed job, which in the job that never stopped came after that.
         """
-        fabric = self._fabric
-        if self._runner.rehearsing or fabric.interval == SETUP:
+        fabric, runner = self._fabric, self._runner
+        if runner.rehearsing or fabric.interval == SETUP:
             yield
             return
         fabric.begin_stages(self._pipelines.name(schedule))
-        copies = [buffer.clone() for buffer in buffers] if fabric.stages_late else []
+        again = fabric.stages_late or runner.commits == runner.started_at > 0
+        copies = [buffer.clone() for buffer in buffers] if again else []
         try:
             with ExitStack() as stack:
-                if fabric.stages_late:
+                if again:
                     # A DDP that sees this pass would reduce in the next backward pass, which
                     # the others do in the step in which they got ready.
                     for _, ddp in self._ddps.living():

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from torch.nn.parallel import DistributedDataParallel
 
+_GENERATORS = (np.random.RandomState, torch.Generator)
+
 
 class HookStates:
     """The states that were registered with `DistributedDataParallel.register_comm_hook`.
@@ -56,9 +58,7 @@ class HookStates:
         for state, attributes in zip(self._states(), values, strict=True):
             for name, value in attributes.items():
                 here = getattr(state, name, None)
-                if isinstance(here, np.random.RandomState):
-                    here.set_state(value)
-                elif isinstance(here, torch.Generator):
+                if isinstance(here, _GENERATORS):
                     here.set_state(value)
                 else:
                     setattr(state, name, value)
@@ -68,7 +68,7 @@ def _attributes(state: Any) -> Iterable[tuple[str, Any]]:
     slots = [name for each in type(state).__mro__ for name in getattr(each, "__slots__", ())]
     for name in dict.fromkeys((*getattr(state, "__dict__", ()), *slots)):
         value = getattr(state, name, None)
-        if isinstance(value, np.random.RandomState | torch.Generator):
+        if isinstance(value, _GENERATORS):
             value = value.get_state()
         try:
             encoding.flatten(value)

@@ -58,9 +58,11 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 BANDWIDTH = HERE.parent / "recovery" / "bandwidth.py"
-CASES = {  # name: (model, mesh, steps in the window, shadow)
-    "HSDP 2x2": ("gpt:128:4:16", "rep:2,shard:2", 12, None),
-    "FSDP 2": ("gpt:128:4:16", "shard:2", 20, 1),
+# name: (model, mesh, steps in the window, shadow)
+CASES = {
+    "HSDP 2x2, 1024 tokens": ("gpt:128:4:16", "rep:2,shard:2", 12, None),
+    "FSDP 2, 1024 tokens": ("gpt:128:4:16", "shard:2", 20, 1),
+    "FSDP 2, 8192 tokens": ("gpt:128:4:128", "shard:2", 8, None),
 }
 HIDDEN = {  # name: model of an FSDP job of two, with enough computation or hardly any
     "gpt": "gpt:128:4:16",
@@ -76,6 +78,8 @@ SHARDS = {
     "very large": "mlp:4096:2:8",
 }
 KINDS = {"rebuild": ("rep:2,shard:2", 0), "shadow": ("shard:2", 1)}
+# In steps; for the overhead in windows, so that it outlasts what `trainonce run` does once beside
+# the first steps: its template process imports torch, a spare starts.
 WARM_UP = 4
 _PATIENCE_S = 120.0
 
@@ -94,14 +98,16 @@ def median(values: Any) -> float:
 # ------------------------------------------------------------------------------ a window of steps
 
 
-def run_once(mode: str, model: str, mesh: str, steps: int, **extra: Any) -> dict[str, Any]:
+def run_once(
+    mode: str, model: str, mesh: str, steps: int, warm_up: int = WARM_UP, **extra: Any
+) -> dict[str, Any]:
     launcher = LAUNCHER if mode == "trainonce" else TORCHRUN
     ranks = num_ranks(mesh)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         subprocess.run(
             [*launcher, "--nproc-per-node", str(ranks), str(HERE / "train.py")],
-            env=environment(MODE=mode, MODEL=model, MESH=mesh, STEPS=steps, WARM_UP=WARM_UP,
+            env=environment(MODE=mode, MODEL=model, MESH=mesh, STEPS=steps, WARM_UP=warm_up,
                             OUT=out, TRAINONCE_HOME=folder, **extra),
             stderr=subprocess.DEVNULL,
             check=True,
@@ -131,18 +137,19 @@ def run_once(mode: str, model: str, mesh: str, steps: int, **extra: Any) -> dict
 def measure_overhead(name: str, repeats: int) -> dict[str, Any]:
     model, mesh, steps, shadow = CASES[name]
     kinds = {"trainonce": {"SHADOW": 0}} | ({"shadow": {"SHADOW": shadow}} if shadow else {})
-    plain = [run_once("plain", model, mesh, steps)]
+    window = (model, mesh, steps, 2 * steps)
+    plain = [run_once("plain", *window)]
     ours: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     ratios: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(repeats):
         for kind, extra in kinds.items():
-            ours[kind].append(run_once("trainonce", model, mesh, steps, **extra))
-            plain.append(run_once("plain", model, mesh, steps))
+            ours[kind].append(run_once("trainonce", *window, **extra))
+            plain.append(run_once("plain", *window))
             ratios[kind].append(_ratios(plain[-2:], ours[kind][-1]))
             print(name, kind, ratios[kind][-1], flush=True)
     runs = [*plain, *(run for each in ours.values() for run in each)]
     return {
-        "model": model, "mesh": mesh, "steps": steps,
+        "model": model, "mesh": mesh, "steps": steps, "warm_up": 2 * steps,
         "parameters": plain[0]["parameters"], "shard_bytes": plain[0]["shard_bytes"],
         "plain": plain, "trainonce": ours,
         "ratios": {
@@ -371,7 +378,7 @@ def kill_torchft(model: str, seed: int) -> dict[str, Any]:
 
 
 def measure_torchft(repeats: int) -> dict[str, Any]:
-    model, mesh, steps, _ = CASES["HSDP 2x2"]
+    model, mesh, steps, _ = CASES["HSDP 2x2, 1024 tokens"]
     plain = [run_once("plain", model, mesh, steps)]
     theirs: list[dict[str, Any]] = []
     ratios: list[dict[str, float]] = []

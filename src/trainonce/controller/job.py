@@ -73,6 +73,7 @@ class WorkerHandle:
     rank: int
     slot: int
     connected: bool = True
+    watched: bool = True
     said_hello: bool = False
     parked: str = ""
     ready: bool = False
@@ -230,6 +231,7 @@ class Job:
         handle = WorkerHandle(worker=worker, process=process, rank=rank, slot=slot)
         self.workers[worker] = handle
         self.selector.register(process.exit_fd, selectors.EVENT_READ, ("exit", handle))
+        self.selector.register(process.dying_fd, selectors.EVENT_READ, ("dying", handle))
         self.selector.register(process.channel.fileno(), selectors.EVENT_READ, ("message", handle))
         return handle
 
@@ -259,9 +261,16 @@ class Job:
     def forget(self, handle: WorkerHandle) -> None:
         """Release a worker that was reaped."""
         self.selector.unregister(handle.process.exit_fd)
+        self.stop_watching_threads(handle)
         self.disconnect(handle)
         handle.process.close()
         del self.workers[handle.worker]
+
+    def stop_watching_threads(self, handle: WorkerHandle) -> None:
+        """Wait for the whole end of a worker."""
+        if handle.watched:
+            handle.watched = False
+            self.selector.unregister(handle.process.dying_fd)
 
     def disconnect(self, handle: WorkerHandle) -> None:
         """Stop listening to a worker."""

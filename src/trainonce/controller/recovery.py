@@ -72,7 +72,7 @@ class Recovery:
     def handle_deaths(self, dead: list[WorkerHandle]) -> None:
         """Serve the deaths of ranked workers, all noticed in the same instant.
 
-        The workers are reaped, and what they had sent is read.
+        None of their code runs any more, and what they had sent is read.
         """
         job = self._job
         job.read_step()

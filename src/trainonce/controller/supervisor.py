@@ -142,10 +142,13 @@ class Supervisor:
         """Wait at most `timeout_s` for something to happen, and act on it."""
         job = self.job
         exited: list[WorkerHandle] = []
+        dying: list[WorkerHandle] = []
         for key, _events in job.selector.select(job.timers.wait_s(timeout_s)):
             kind, source = key.data
             if kind == "exit":
                 exited.append(source)
+            elif kind == "dying":
+                dying.append(source)
             elif kind == "message" and source.connected:
                 self._read(source)
             elif kind == "control":
@@ -154,8 +157,8 @@ class Supervisor:
                 self._serve(source)
             elif kind == "signal":
                 self._take_signals()
-        if exited:
-            self._handle_exits(exited)
+        if exited or dying:
+            self._handle_exits(exited, dying)
         job.timers.run_due()
         if self.watch.look():
             job.engine.maintain()
@@ -202,12 +205,17 @@ class Supervisor:
 
     # ------------------------------------------------------------------ exits
 
-    def _handle_exits(self, exited: list[WorkerHandle]) -> None:
+    def _handle_exits(self, exited: list[WorkerHandle], dying: list[WorkerHandle]) -> None:
         job = self.job
-        dead: list[WorkerHandle] = []
+        ended = [handle for handle in dying if self._ends_early(handle)]
         for handle in exited:
+            status = handle.process.reap()
+            if handle.ended is None:
+                handle.ended = status
+                ended.append(handle)
+        dead: list[WorkerHandle] = []
+        for handle in ended:
             self._read_the_rest(handle)
-            handle.ended = handle.process.reap()
             if not self._is_expected(handle):
                 dead.append(handle)
         ranked = [handle for handle in dead if handle.rank >= 0]
@@ -219,8 +227,21 @@ class Supervisor:
                 self.recovery.handle_spare_death(handle)
         for handle in exited:
             job.forget(handle)
-        self.recovery.continue_restart()
-        self.ending.check_stopped()
+        if exited:
+            self.recovery.continue_restart()
+            self.ending.check_stopped()
+
+    def _ends_early(self, handle: WorkerHandle) -> bool:
+        """Tell whether a rank is lost whose process the kernel still takes apart."""
+        if not handle.watched or handle.ended is not None:
+            return False
+        status = handle.process.dying()
+        if status is None:
+            return False
+        self.job.stop_watching_threads(handle)
+        if handle.rank >= 0 and self.job.all_ready:
+            handle.ended = status
+        return handle.ended is not None
 
     def _is_expected(self, handle: WorkerHandle) -> bool:
         job = self.job
@@ -283,6 +304,7 @@ class Supervisor:
         handle.ready = True
         if handle.rank < 0:
             return
+        handle.process.expect_death()
         job.resumed = message.resumed
         if job.membership.generation == 1:
             self.recovery.join(handle.rank)
@@ -321,6 +343,7 @@ class Supervisor:
 
     def _on_formed(self, handle: WorkerHandle, message: messages.Formed) -> None:
         if handle.rank >= 0 and not handle.dismissed:
+            handle.process.expect_death()
             handle.ready = True
             self.recovery.handle_formed(handle, message)
 

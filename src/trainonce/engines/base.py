@@ -77,6 +77,22 @@ class WorkerProcess(Protocol):
         """Descriptor that turns readable once the process has ended."""
         ...
 
+    @property
+    def dying_fd(self) -> int:
+        """Descriptor that turns readable when the worker may be about to end; see `dying`."""
+        ...
+
+    def expect_death(self) -> None:
+        """Have `dying_fd` tell of an end early; called once the worker runs all it needs."""
+        ...
+
+    def dying(self) -> ExitStatus | None:
+        """Return how the worker ends once none of its code runs any more, before it is gone.
+
+        None where that is not known yet, or ever: then `exit_fd` tells.
+        """
+        ...
+
     def signal_group(self, signum: int) -> None:
         """Send `signum` to the worker and to the processes it started. No error if gone."""
         ...

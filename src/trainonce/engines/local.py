@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from trainonce import settings
 from trainonce.engines.base import ExitStatus
+from trainonce.engines.early_death import EarlyDeath
 from trainonce.engines.guard import Guard
 from trainonce.engines.template import Template
 from trainonce.errors import ConfigError
@@ -50,6 +51,7 @@ class LocalProcess:
         self._parent = parent
         self._guard = guard
         self._pidfd = os.pidfd_open(pid)
+        self._early = EarlyDeath(pid)
         self._channel = channel
         self._progress = progress
         self._status: ExitStatus | None = None
@@ -78,6 +80,19 @@ class LocalProcess:
     def exit_fd(self) -> int:
         """The pidfd: readable once the process has ended."""
         return self._pidfd
+
+    @property
+    def dying_fd(self) -> int:
+        """Readable when a thread of the process has ended."""
+        return self._early.fd
+
+    def expect_death(self) -> None:
+        """Watch the threads that the process has by now."""
+        self._early.watch()
+
+    def dying(self) -> ExitStatus | None:
+        """Return how the process ends once all its threads are exiting; see `EarlyDeath`."""
+        return self._early.look()
 
     def signal_group(self, signum: int) -> None:
         """Send `signum` to the whole process group; nothing happens once it was reaped."""
@@ -129,6 +144,7 @@ class LocalProcess:
         """Release connection, page and descriptors."""
         self._channel.close()
         self._progress.close()
+        self._early.close()
         os.close(self._pidfd)
 
 

@@ -40,6 +40,8 @@ class FakeProcess:
         self.progress, fd = Progress.create()
         os.close(fd)
         self.exit_fd = os.eventfd(0)
+        self.dying_fd = os.eventfd(0)
+        self.doomed_to = None
         self.status = None
         self.stopped = False
         self.immortal = False
@@ -63,6 +65,12 @@ class FakeProcess:
     def trust(self):
         pass
 
+    def expect_death(self):
+        pass
+
+    def dying(self):
+        return self.doomed_to
+
     def is_stopped(self):
         return self.stopped
 
@@ -70,6 +78,7 @@ class FakeProcess:
         self.channel.close()
         self.progress.close()
         os.close(self.exit_fd)
+        os.close(self.dying_fd)
 
     # what the worker does
 
@@ -85,6 +94,11 @@ class FakeProcess:
             if not alive:
                 break
         return [m for m in found if isinstance(m, kind)]
+
+    def begin_to_die(self, signum):
+        """All its threads are exiting; the kernel has yet to free its memory."""
+        self.doomed_to = ExitStatus(signum=signum)
+        os.eventfd_write(self.dying_fd, 1)
 
     def end(self, code=0, signum=0):
         if self.status is None:

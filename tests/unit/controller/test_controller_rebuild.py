@@ -230,3 +230,39 @@ def test_restarts_are_bounded(bench):
         if not b.job.is_ending:
             b.ready()
     assert b.supervisor.exit_code == 3
+
+
+def test_a_rank_is_replaced_while_the_kernel_still_takes_it_apart(bench):
+    b = bench(spares=1).ready()
+    b.commit(50)
+    dying = b.rank(1)
+    dying.begin_to_die(signal.SIGKILL)
+    b.step()
+    assert not dying.reaped
+    told = [b.engine.started[w].heard(Generation) for w in (0, 2)]
+    assert [g[0].generation for g in told] == [2, 2]
+    b.form(50)
+    b.commit(51)
+    dying.end(signum=signal.SIGKILL)
+    b.step()
+    assert dying.reaped
+    assert dying.worker not in b.job.workers
+    assert [(i.detail, i.served_by) for i in b.of_kind("incident")] == [("SIGKILL", "rebuild")]
+    assert b.job.membership.generation == 2
+
+
+def test_all_ranks_start_again_only_when_the_dying_ones_are_gone(bench):
+    b = bench().ready()
+    b.commit(3)
+    first, second = b.rank(0), b.rank(1)
+    first.begin_to_die(signal.SIGKILL)
+    second.begin_to_die(signal.SIGKILL)
+    b.step()
+    assert len(b.engine.started) == 2
+    first.end(signum=signal.SIGKILL)
+    b.step()
+    assert len(b.engine.started) == 2
+    second.end(signum=signal.SIGKILL)
+    b.step()
+    assert b.job.membership.incarnation == 1
+    assert len(b.engine.started) == 4

@@ -24,7 +24,7 @@ _STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 # Of two threads, one is not the last to go.
 _MAX_THREADS = 8
 # A thread that cannot be interrupted may take long: then the end is noticed when it is complete.
-_MAX_LOOKS = 100
+_MAX_LOOKS = 1000
 
 
 class EarlyDeath:

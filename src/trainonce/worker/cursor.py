@@ -1,4 +1,4 @@
-"""Where the script stands, so that a newcomer enters it after the last commit.
+"""Where the script stands, so that a newcomer enters it at the last commit.
 
 A position names one section call by its way through the program: for each loop that is open,
 which loop it is within its parent and which iteration it is in, and last, which section call
@@ -10,8 +10,13 @@ tuples in program order, so "already committed" is `position <= committed`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+# Of a section, or of a collective between sections: its last number is negative.
 Position = tuple[int, ...]
+
+# Of how many completed loops the last iteration is known.
+_MOST_DONE = 16
 
 
 @dataclass
@@ -20,6 +25,25 @@ class _Loop:
     iteration: int = -1
     units: int = 0
     """Loops and sections met so far in the current iteration."""
+    collectives: int = 0
+    """Collectives outside of sections met so far in the current iteration."""
+
+
+class Entry(NamedTuple):
+    """How a loop is entered.
+
+    Attributes:
+        depth: A handle for `next_iteration` and `leave_loop`.
+        begin: The iteration to begin at, which holds the last commit if that lies in this loop;
+            None if there is none left to go through.
+        is_done: Whether the whole loop is committed: then `begin` is its last iteration.
+        kept: What it kept of that.
+    """
+
+    depth: int
+    begin: int | None
+    is_done: bool = False
+    kept: Any = None
 
 
 @dataclass
@@ -31,6 +55,13 @@ class Cursor:
     """
 
     committed: Position | None = None
+    behind: bool = False
+    """Whether the script has still to come to the last commit, which another process made."""
+    done: dict[Position, tuple[int, Any]] = field(default_factory=lambda: {})
+    """Completed loops within iterations that are open: last iteration, what the loop keeps of it.
+
+    A newcomer goes through that iteration, for the variables that it leaves behind.
+    """
     _stack: list[_Loop] = field(default_factory=lambda: [_Loop(0)])
 
     def prefix(self) -> Position:
@@ -41,45 +72,73 @@ class Cursor:
         """Return the position of a section call that begins now."""
         return (*self.prefix(), self._next_unit())
 
+    def enter_collective(self) -> Position:
+        """Return the position of a collective that is issued between sections now."""
+        loop = self._stack[-1]
+        loop.collectives += 1
+        return (*self.prefix(), -loop.collectives)
+
     def is_committed(self, position: Position) -> bool:
         """Tell whether the section call at `position` is already committed."""
         return self.committed is not None and position <= self.committed
 
-    def enter_loop(self) -> tuple[int, int | None]:
-        """Open a loop.
-
-        Returns:
-            Its depth, a handle for `next_iteration` and `leave_loop`; and the iteration to
-            begin at, which holds the last commit if that lies in this loop. None means that
-            the whole loop is committed.
-        """
+    def enter_loop(self) -> Entry:
+        """Open a loop."""
         place = (*self.prefix(), self._next_unit())
         self._stack.append(_Loop(place[-1]))
         depth = len(self._stack) - 1
-        if self.committed is None:
-            return depth, 0
-        head = self.committed[: len(place)]
-        if head == place and len(self.committed) > len(place):
-            return depth, self.committed[len(place)]
-        return depth, (0 if place > head else None)
+        head = () if self.committed is None else self.committed[: len(place)]
+        if self.committed is not None and head == place and len(self.committed) > len(place):
+            return Entry(depth, self.committed[len(place)])
+        if place > head:
+            return Entry(depth, 0)
+        iteration, kept = self.done.get(place, (None, None))
+        return Entry(depth, iteration, is_done=True, kept=kept)
 
     def next_iteration(self, depth: int, iteration: int) -> None:
         """Begin `iteration` of the loop at `depth`; loops left open inside it are closed."""
         del self._stack[depth + 1 :]
+        place = self._place(depth)
+        for each in list(self.done):
+            if each[: len(place)] == place and each[len(place) :][:1] not in ((), (iteration,)):
+                del self.done[each]  # of an earlier iteration
         loop = self._stack[depth]
         loop.iteration = iteration
-        loop.units = 0
+        loop.units = loop.collectives = 0
 
-    def leave_loop(self, depth: int) -> None:
-        """Close the loop at `depth` and everything inside it."""
+    def leave_loop(self, depth: int, kept: Any = None) -> None:
+        """Close the loop at `depth` and everything inside it.
+
+        Args:
+            depth: From `enter_loop`.
+            kept: What it needs to come to its last iteration again.
+        """
+        if len(self._stack) > depth and self._stack[depth].iteration >= 0:
+            place = self._place(depth)
+            self.done.pop(place, None)
+            self.done[place] = (self._stack[depth].iteration, kept)
+            while len(self.done) > _MOST_DONE:
+                del self.done[next(iter(self.done))]
         del self._stack[depth:]
 
-    def is_live(self, position: Position) -> bool:
-        """Tell whether `position` lies in an iteration that holds the last commit.
+    def is_live(self, position: Position, latest: Position | None = None) -> bool:
+        """Tell whether a newcomer may come to `position` again.
 
-        Values of such sections may be asked for again by a newcomer.
+        That is where it lies in an iteration that holds the last commit, or in the last iteration
+        of a loop that was completed in one.
+
+        Args:
+            position: Of a section, or a collective.
+            latest: The last commit; `committed` by default.
         """
-        return self.committed is not None and position[:-1] == self.committed[: len(position) - 1]
+        at = latest or self.committed
+        if at is not None and position[:-1] == at[: len(position) - 1]:
+            return True
+        return any((*place, last) == position[:-1] for place, (last, _) in self.done.items())
+
+    def _place(self, depth: int) -> Position:
+        outer = (part for loop in self._stack[1:depth] for part in (loop.ordinal, loop.iteration))
+        return (*outer, self._stack[depth].ordinal)
 
     def _next_unit(self) -> int:
         loop = self._stack[-1]

@@ -73,6 +73,7 @@ class Handover:
         self._newcomer = not runner.promotion.done
         self._took_over = False
         self._entered_at = 0
+        self._recalled: list[torch.Tensor] | None = None
         self.private = False
         self.sample: Callable[[], Any] | None = None
 
@@ -96,8 +97,8 @@ class Handover:
     def emulate(self, kind: str, tensors: list[torch.Tensor]) -> bool:
         """Tell whether to answer a collective locally.
 
-        In rehearsals; and in the constructor of DDP of a process that takes a rank over,
-        since the others have long left theirs.
+        In rehearsals; in the constructor of DDP of a process that takes a rank over, since the
+        others have long left theirs; and between steps that are committed, without a result.
         """
         if self._runner.rehearsing:
             if kind == "broadcast" and torch_private.rebuilding_ddp() is not None:
@@ -106,12 +107,18 @@ class Handover:
         if self._used_maps and self._is_used_map(kind, tensors):
             return True
         if self._fabric.interval != SETUP:
-            return False
+            again, self._recalled = self._runner.recall()
+            return again and self._recalled is None
         ddp = torch_private.constructing_ddp()
         if ddp is None:
             return False
         self._ddps.ordinal(ddp)
         return self._newcomer
+
+    def recall(self) -> list[torch.Tensor] | None:
+        """Take the kept result of the collective that `emulate` was asked about last."""
+        recalled, self._recalled = self._recalled, None
+        return recalled
 
     def _is_used_map(self, kind: str, tensors: list[torch.Tensor]) -> bool:
         """Recognise what a static graph reduces in its first pass only, which others are past."""
@@ -135,6 +142,8 @@ class Handover:
             ddp = torch_private.rebuilding_ddp()
             if ddp is not None:
                 return bucket_order_interval(self._ddps.ordinal(ddp))
+        if not self._runner.inside:
+            self._runner.collective_between(op)
         self._runner.before_operation(spans_world=group.spans_world)
         return None
 

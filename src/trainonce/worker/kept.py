@@ -1,4 +1,4 @@
-"""The values that steps returned, kept for a newcomer that asks for them again."""
+"""What steps and the collectives between them gave, kept for a newcomer that asks again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from trainonce.worker.cursor import Position
     from trainonce.worker.values import LazyMean
 
-# How many recorded values a loop of the user's own keeps.
+# How many recorded values a loop of the user's own keeps, and how many results of collectives.
 _MOST = 16
+_MOST_RESULTS = 64
 _LENGTH = struct.Struct("<Q")
 
 
@@ -39,9 +40,12 @@ class KeptValues:
     def add(self, position: Position, value: Any, is_live: Callable[[Position], bool]) -> None:
         """Keep `value`; forget those that nobody can ask for any more."""
         self._values[position] = (True, value)
-        kept = [each for each in self._values if is_live(each)][-_MOST:]
+        live = [each for each in self._values if is_live(each)]
+        values = [each for each in live if each[-1] >= 0][-_MOST:]
+        results = [each for each in live if each[-1] < 0][-_MOST_RESULTS:]
+        kept = {*values, *results}
         if len(kept) < len(self._values):
-            self._values = {each: self._values[each] for each in kept}
+            self._values = {at: value for at, value in self._values.items() if at in kept}
             self._encoded = {at: data for at, data in self._encoded.items() if at in self._values}
 
     def encode(self, latest: Position | None, means: list[LazyMean]) -> list[bytes]:

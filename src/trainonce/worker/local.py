@@ -15,24 +15,32 @@ from trainonce.wire.messages import Mirror as MirrorMessage
 from trainonce.wire.messages import Note
 from trainonce.worker.kept import KeptValues, join, split
 from trainonce.worker.mirror import Mirror
+from trainonce.worker.oplog import OpState
+from trainonce.worker.state import assign_tree
 from trainonce.worker.values import LazyMean, outline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     from trainonce.wire.progress import Progress
     from trainonce.worker.cursor import Cursor, Position
     from trainonce.worker.loops import Loops
+    from trainonce.worker.oplog import Op
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Protected
 
 _SLACK_BYTES = 64 << 10
+# A larger result of a collective between steps is not kept: it would be written at each commit.
+_MOST_RESULT_BYTES = 1 << 20
 
 
 class LocalState:
     """One rank's own state.
 
     Args:
+        world_size: Number of ranks.
         promotion: The rank, now or later.
         progress: Page on which samples and tokens are counted.
         cursor: The place of the last commit.
@@ -43,6 +51,7 @@ class LocalState:
     def __init__(
         self,
         *,
+        world_size: int,
         promotion: Promotion,
         progress: Progress,
         cursor: Cursor,
@@ -55,12 +64,14 @@ class LocalState:
         self.payload = b""
         """What was published at the last commit."""
         self._payload_commits = 0
+        self._world_size = world_size
         self._promotion = promotion
         self._progress = progress
         self._cursor = cursor
         self._loops = loops
         self._notify = notify
         self._head: tuple[dict[str, Any], bytes] | None = None
+        self._collectives: list[tuple[Position, Op]] = []
 
     # ------------------------------------------------------------------ publishing
 
@@ -84,6 +95,7 @@ class LocalState:
             final: At the commit; else ahead of it, while what the step returns is not known.
             returns: Outline of what it returned last time.
         """
+        self._keep_results(position)
         payload = self._encode(protected, position, means, final=final, returns=returns)
         if self.mirror is None or not self.mirror.fits(len(payload)):
             self._grow_mirror(len(payload))
@@ -91,6 +103,26 @@ class LocalState:
         self.mirror.publish(commits, payload, final=final)
         if final:
             self.payload, self._payload_commits = payload, commits
+
+    def note_collective(self, position: Position, op: Op) -> None:
+        """Take note of a collective between steps; its result is kept with the next commit."""
+        self._collectives.append((position, op))
+
+    def _keep_results(self, latest: Position | None) -> None:
+        """Keep what collectives since the last commit gave; `latest` is the one to come."""
+        noted, self._collectives = self._collectives, []
+        for position, op in noted:
+            if op.state is not OpState.DONE:
+                self._collectives.append((position, op))
+            elif 0 < sum(result.nbytes for result in op.buffers) <= _MOST_RESULT_BYTES:
+                results = [result.clone() for result in op.buffers]
+                value = {self._world_size: results}
+                self.values.add(position, value, lambda at: self._cursor.is_live(at, latest))
+
+    def result(self, position: Position) -> list[torch.Tensor] | None:
+        """Return what the collective at `position` gave among as many ranks; None if not kept."""
+        known, value = self.values.get(position)
+        return value.get(self._world_size) if known else None
 
     def _encode(
         self,
@@ -164,6 +196,11 @@ class LocalState:
         known, value = self.values.get(position) if position is not None else (False, None)
         return outline(value) if known else value
 
+    def return_to_commit(self) -> None:
+        """Put `run.state` back to that of the last commit; what refers to its parts still does."""
+        head, *_ = split(self.payload)
+        assign_tree(self.user, encoding.decode(head)["state"])
+
     def restore(
         self, protected: Protected, payload: bytes, commits: int, returned: Any = None
     ) -> list[LazyMean]:
@@ -182,11 +219,11 @@ class LocalState:
         record = encoding.decode(head)
         means = [LazyMean(local) for local in record["means"]]
         self._cursor.committed = record["position"]
+        self._cursor.behind = record["position"] is not None
         self.values.restore(values, means)
         if record["position"] is not None:
             self.values.expect(record["position"], returned or record["returns"])
-        self.user.clear()
-        self.user.update(record["state"])
+        assign_tree(self.user, record["state"])
         protected.load_local_buffers(record["buffers"])
         if record.get("hooks"):  # checkpoints of before have none
             protected.hooks.load(record["hooks"])

@@ -58,13 +58,23 @@ class Loops:
         self.waited_ns = 0
         self.current_epoch = 0
 
-    def record(self) -> list[list[Any]]:
-        """Return where the open batch loops stand."""
-        return [[depth, *place] for depth, place in self._places.items()]
+    def record(self) -> dict[str, Any]:
+        """Return where the open batch loops stand, and where the completed ones ended."""
+        return {
+            "open": [[depth, *place] for depth, place in self._places.items()],
+            "done": [
+                [place, last, None if kept is None else list(kept)]
+                for place, (last, kept) in self._cursor.done.items()
+            ],
+        }
 
-    def restore(self, record: list[list[Any]]) -> None:
+    def restore(self, record: dict[str, Any]) -> None:
         """Take over where the loops of the last commit stood."""
-        self._restored = {depth: _Place(*place) for depth, *place in record}
+        self._restored = {depth: _Place(*place) for depth, *place in record["open"]}
+        self._cursor.done = {
+            place: (last, None if kept is None else _Place(*kept))
+            for place, last, kept in record["done"]
+        }
 
     def take_samples(self) -> int:
         """Return the samples of the current batches that were not taken yet, all ranks."""
@@ -78,14 +88,15 @@ class Loops:
         return waited_ns
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
-        """Yield the epochs that are not completed."""
+        """Yield the epochs that are not completed; of a loop that is, the last."""
         if self._inside_step() is not None:
             yield from range(num_epochs)
             return
         self._enter()
-        depth, begin = self._cursor.enter_loop()
+        depth, begin, is_done, _ = self._cursor.enter_loop()
+        begin = num_epochs if begin is None else begin
         try:
-            for epoch in range(num_epochs if begin is None else begin, num_epochs):
+            for epoch in range(begin, begin + 1 if is_done else num_epochs):
                 self._cursor.next_iteration(depth, epoch)
                 self._epoch = epoch
                 yield epoch
@@ -119,25 +130,35 @@ class Loops:
             return
         self._enter()
         self._look_for_enumerate(me[0]())
-        depth, begin = self._cursor.enter_loop()
+        depth, begin, is_done, kept = self._cursor.enter_loop()
         passes = self._passes.get(id(source), 0)
         self._passes[id(source)] = passes + 1
         try:
-            if begin is None:
+            if begin is None or (is_done and kept is None):
                 return
+            if is_done:
+                max_steps = begin + 1
+            restored = kept if is_done else self._restored.pop(depth, None)
             epoch = passes if self._epoch is None else self._epoch
-            yield from self._from(source, depth, begin, epoch, max_steps)
+            yield from self._from(source, depth, begin, epoch, max_steps, restored)
         finally:
-            self._places.pop(depth, None)
-            self._cursor.leave_loop(depth)
+            place = self._places.pop(depth, kept)
+            # A loader of the user's own cannot be put back and forth.
+            again = place if place is not None and place.loader is None else None
+            self._cursor.leave_loop(depth, again)
 
     def _from(
-        self, source: Source, depth: int, iteration: int, epoch: int, max_steps: int | None
+        self,
+        source: Source,
+        depth: int,
+        iteration: int,
+        epoch: int,
+        max_steps: int | None,
+        restored: _Place | None,
     ) -> Iterator[Any]:
         offset = 0
-        restored = self._restored.pop(depth, None)
         if restored is not None:
-            # The batch of the last commit comes once more, for the code after the step.
+            # This batch comes once more, for the code after its step.
             epoch, offset = restored.epoch, restored.offset
             if restored.loader is not None:
                 source.load_local_state(restored.loader)  # type: ignore[union-attr]

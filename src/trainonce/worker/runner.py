@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from trainonce.worker.cursor import Position
     from trainonce.worker.durable import Durable
     from trainonce.worker.fabric import Fabric
+    from trainonce.worker.oplog import Op
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Image, Protected
     from trainonce.worker.step import Step
@@ -97,6 +98,7 @@ class Runner:
             counted=self._tell_of_enumerate,
         )
         self.local = LocalState(
+            world_size=world_size,
             promotion=promotion,
             progress=progress,
             cursor=self.cursor,
@@ -108,6 +110,8 @@ class Runner:
         self.steps: list[Step[Any, Any]] = []
         self.commits = 0
         self.rehearsing = False
+        self.inside = False
+        """Whether what runs is a step, or ours, and not the script between steps."""
         self.failure = ""
         self.execution: Execution | None = None
         self.image: Image | None = None
@@ -198,8 +202,11 @@ class Runner:
                 "run.protect was not called before the first step",
                 hint="run.protect(model=model, optimizer=optimizer, loader=loader)",
             )
-        self._entered = True
-        self.prepare()
+        self._entered = self.inside = True
+        try:
+            self.prepare()
+        finally:
+            self.inside = False
         self.injector.watch(self.protected.modules.values())
         self._set_phase(Phase.BETWEEN)
 
@@ -245,6 +252,8 @@ class Runner:
     def begin(self, execution: Execution) -> None:
         """Begin to execute a step."""
         assert self.protected is not None
+        if self.cursor.behind:  # the script took another way than before
+            self._return_to_commit()
         self.injector.at("between")
         self.protected.check_unchanged()
         seed_section(self.seed, self.rank, self.commits, self._calls)
@@ -552,11 +561,45 @@ class Runner:
     def recorded(self, position: Position) -> Any:
         """Return what the committed step at `position` returned, or LOST."""
         known, value = self.local.values.get(position)
-        if known:
-            return value
-        if position == self.cursor.committed:
-            self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
-        return lost(value)
+        if position == self.cursor.committed and self.cursor.behind:
+            self._return_to_commit()
+            if not known:
+                self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
+        return value if known else lost(value)
+
+    def _return_to_commit(self) -> None:
+        """Undo what code between steps did on its way here: it is part of the last commit."""
+        assert self.protected is not None
+        self.cursor.behind = False
+        self.protected.return_to_commit()
+        self.local.return_to_commit()
+        seed_between(self.seed, self.rank, self.commits)
+
+    def collective_between(self, op: Op) -> None:
+        """Take note of a collective that the script issues between steps."""
+        self.local.note_collective(self.cursor.enter_collective(), op)
+
+    def recall(self) -> tuple[bool, list[torch.Tensor] | None]:
+        """Answer a collective that the script comes to once more, if it does.
+
+        Returns:
+            Whether the last commit is still ahead, so that the other ranks have this collective
+            behind them; and its result where that was kept.
+        """
+        if not self.cursor.behind or self.inside:
+            return False, None
+        result = self.local.result(self.cursor.enter_collective())
+        if result is None:
+            self.notify(
+                Note(
+                    key="collective-between",
+                    level="warning",
+                    text="a process that takes a rank over came to a collective between steps whose"
+                    " result was not kept: it got this rank's own contribution. Loops of"
+                    " run.batches and run.epochs do not go through what is long past",
+                )
+            )
+        return True, result
 
     def restore_record(self, payload: bytes, commits: int, returned: Any = None) -> None:
         """Take over the local state that a predecessor of this rank published.

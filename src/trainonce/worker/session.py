@@ -546,8 +546,8 @@ class Run:
                 Note(
                     key="variables",
                     level="warning",
-                    text="a process that takes a rank over does not go through completed loops:"
-                    " what code after them needs (a last loss, say) belongs in run.state",
+                    text="a process that takes a rank over goes through the last iteration of"
+                    " completed loops only: what else they gather belongs in run.state",
                 )
             )
         self._link.send(

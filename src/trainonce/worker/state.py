@@ -13,6 +13,7 @@ part; `shards` tells which ranks hold the same one.
 from __future__ import annotations
 
 import base64
+import itertools
 import operator
 import weakref
 from collections.abc import Mapping, Sequence
@@ -473,6 +474,20 @@ class Protected:
         for name, value in small["stateful"].items():
             self.stateful[name].load_state_dict(copy_tree(value))
 
+    def return_to_commit(self) -> None:
+        """Put the small state back to that of the last commit, where it differs."""
+        now, small = self.copy_small(), self._small
+        differing = {
+            kind: {
+                name: value
+                for name, value in small[kind].items()
+                if encoding.encode(now[kind][name]) != encoding.encode(value)
+            }
+            for kind in small
+        }
+        self.load_small(differing)
+        self._small = small
+
     def _load_scalars(self, scalars: dict[str, Any]) -> None:
         is_kept = self._kept_here()
         for name, value in scalars.items():
@@ -532,6 +547,21 @@ def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 # The parameters themselves, and names that torch keeps beside them.
 _NOT_VALUES = ("params", "param_names")
+
+
+def assign_tree(present: Any, wanted: Any) -> Any:
+    """Return a tree equal to `wanted`, made of the dicts and lists of `present` where it can be."""
+    if type(present) is dict and type(wanted) is dict:
+        found = {key: assign_tree(present.get(key), each) for key, each in wanted.items()}
+        present.clear()
+        present.update(found)
+        return present
+    if type(present) is list and type(wanted) is list:
+        present[:] = [
+            assign_tree(*pair) for pair in itertools.zip_longest(present[: len(wanted)], wanted)
+        ]
+        return present
+    return wanted
 
 
 def copy_tree(value: Any) -> Any:

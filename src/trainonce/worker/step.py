@@ -121,13 +121,17 @@ class Step(Generic[P, R]):
                 " executed again there",
             )
         execution = Execution(position, self.profile, time.monotonic_ns())
-        runner.begin(execution)
+        runner.inside = True
         try:
-            value = self.function(*args, **kwargs)
-        except BaseException as error:
-            runner.failure = type(error).__name__
-            raise
-        return runner.complete(execution, value)
+            runner.begin(execution)
+            try:
+                value = self.function(*args, **kwargs)
+            except BaseException as error:
+                runner.failure = type(error).__name__
+                raise
+            return runner.complete(execution, value)
+        finally:
+            runner.inside = False
 
 
 def seed_section(seed: int, rank: int, commits: int, calls: int) -> None:

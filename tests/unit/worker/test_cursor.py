@@ -3,7 +3,16 @@
 from trainonce.worker.cursor import Cursor
 
 
-def run_script(cursor, *, epochs=3, batches=4, crash_after=None):
+def loop(cursor, iterations):
+    depth, begin, is_done, _ = cursor.enter_loop()
+    begin = iterations if begin is None else begin
+    for iteration in range(begin, begin + 1 if is_done else iterations):
+        cursor.next_iteration(depth, iteration)
+        yield iteration
+    cursor.leave_loop(depth)
+
+
+def run_script(cursor, *, epochs=3, batches=4, crash_after=None, visited=None):
     """A script with a step per batch and an evaluation per epoch; returns what it executed."""
     executed = []
 
@@ -16,16 +25,12 @@ def run_script(cursor, *, epochs=3, batches=4, crash_after=None):
         if position == crash_after:
             raise KeyboardInterrupt
 
-    outer, begin = cursor.enter_loop()
-    for epoch in range(begin if begin is not None else epochs, epochs):
-        cursor.next_iteration(outer, epoch)
-        inner, first = cursor.enter_loop()
-        for batch in range(first if first is not None else batches, batches):
-            cursor.next_iteration(inner, batch)
+    for epoch in loop(cursor, epochs):
+        for batch in loop(cursor, batches):
+            if visited is not None:
+                visited.append((epoch, batch))
             section("train")
-        cursor.leave_loop(inner)
         section("evaluate")
-    cursor.leave_loop(outer)
     section("final")
     return executed
 
@@ -39,8 +44,31 @@ def test_every_section_is_executed_once_whatever_the_place_of_the_crash():
             run_script(first, crash_after=position)
         except KeyboardInterrupt:
             pass
-        second = Cursor(committed=first.committed)
+        second = Cursor(committed=first.committed, done=dict(first.done))
         assert run_script(second) == whole[index + 1 :]
+
+
+def test_the_last_iteration_of_a_completed_loop_is_visited_again():
+    first, visited = Cursor(), []
+    try:
+        run_script(first, crash_after=(0, 1, 1))  # after the evaluation of the second epoch
+    except KeyboardInterrupt:
+        pass
+    assert first.is_live((0, 1, 0, 3, 0))
+    assert not first.is_live((0, 1, 0, 2, 0))
+    assert not first.is_live((0, 0, 0, 3, 0))
+    run_script(Cursor(committed=first.committed, done=dict(first.done)), visited=visited)
+    assert visited == [(1, 3), *((2, batch) for batch in range(4))]
+
+
+def test_collectives_between_sections_have_positions_of_their_own():
+    cursor = Cursor()
+    assert cursor.enter_collective() == (-1,)
+    for _ in loop(cursor, 2):
+        assert cursor.enter_collective()[-1] == -1
+        assert cursor.enter_section()[-1] == 0
+        assert cursor.enter_collective()[-1] == -2
+    assert cursor.enter_collective() == (-2,)
 
 
 def test_positions_follow_program_order():
@@ -50,9 +78,9 @@ def test_positions_follow_program_order():
 
 def test_a_loop_left_by_break_does_not_shift_what_follows():
     cursor = Cursor()
-    outer, _ = cursor.enter_loop()
+    outer = cursor.enter_loop().depth
     cursor.next_iteration(outer, 0)
-    inner, _ = cursor.enter_loop()
+    inner = cursor.enter_loop().depth
     cursor.next_iteration(inner, 0)
     # `break`: the inner loop is never left explicitly.
     cursor.next_iteration(outer, 1)

@@ -1,0 +1,40 @@
+"""Code between committed steps runs again in a newcomer, and leaves no trace of that."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        # The last commit is an evaluation: the code before it has run on all other ranks too.
+        ["kill rank=1 step=6 point=backward", "kill rank=0 step=12 point=begin"],
+        # The last commit is an update: what follows it is still to come.
+        ["kill rank=0 step=5 point=begin", "migrate rank=1 step=9"],
+    ],
+)
+def test_code_between_steps_has_acted_once(calm, shaken, faults):
+    result = shaken("between_steps.py", faults=faults)
+    without = calm("between_steps.py")
+    for key in ("user", "history"):
+        assert result.values(key) == without.values(key), result.explain()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        # An epoch has three updates and an evaluation: lost in the middle, and at its end.
+        ["kill rank=0 step=1 point=backward", "kill rank=1 step=7 point=begin",
+         "kill rank=0 step=12 point=begin"],
+        ["kill rank=1 step=3 point=begin", "kill rank=0 step=8 point=begin",
+         "kill rank=1 step=15 point=commit"],
+        ["kill rank=0 step=4 point=begin", "migrate rank=0 step=8",
+         "kill rank=0 step=15 point=begin"],
+    ],
+)  # fmt: skip
+def test_an_epoch_is_taken_up_wherever_it_stands(calm, shaken, faults):
+    result = shaken("epochs.py", faults=faults)
+    lines, without = result.values("lines"), calm("epochs.py").values("lines")
+    assert result.values("line") == calm("epochs.py").values("line"), result.explain()
+    for rank, seen in lines.items():
+        for epoch, line in seen.items():
+            assert line == without[rank][epoch], result.explain()

@@ -1,8 +1,8 @@
 """What a rank keeps to itself, and its mirror in shared memory for whoever takes it over.
 
-The values of committed steps, `run.state`, buffers that differ by rank, and the place in the
-script's loops. Published ahead of each commit, before this rank lets the others commit, and
-again at the commit, then with what the step returned.
+The values of committed steps, `run.state`, plain variables of the script, buffers that differ by
+rank, and the place in the script's loops. Published ahead of each commit, before this rank lets the
+others commit, and again at the commit, then with what the step returned.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from trainonce.worker.mirror import Mirror
 from trainonce.worker.oplog import OpState
 from trainonce.worker.state import assign_tree
 from trainonce.worker.values import LazyMean, outline
+from trainonce.worker.variables import Variables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     import torch
 
@@ -72,6 +74,8 @@ class LocalState:
         self._notify = notify
         self._head: tuple[dict[str, Any], bytes] | None = None
         self._collectives: list[tuple[Position, Op]] = []
+        self.variables = Variables()
+        self._variables = b""
 
     # ------------------------------------------------------------------ publishing
 
@@ -103,6 +107,10 @@ class LocalState:
         self.mirror.publish(commits, payload, final=final)
         if final:
             self.payload, self._payload_commits = payload, commits
+
+    def take_variables(self, caller: FrameType) -> None:
+        """Take the script's variables around the call of a step, for the next publication."""
+        self._variables = self.variables.take(caller)
 
     def note_collective(self, position: Position, op: Op) -> None:
         """Take note of a collective between steps; its result is kept with the next commit."""
@@ -149,7 +157,8 @@ class LocalState:
             raise EncodingError(
                 f"run.state cannot be kept: {error.message}", hint=error.hint
             ) from error
-        return join([encoded, *self.values.encode(position if final else None, means)])
+        values = self.values.encode(position if final else None, means)
+        return join([encoded, self._variables, *values])
 
     def _encode_head(self, head: dict[str, Any], returns: Any) -> bytes:
         # Mostly the same at the commit as ahead of it. What may have changed in place is not
@@ -196,10 +205,17 @@ class LocalState:
         known, value = self.values.get(position) if position is not None else (False, None)
         return outline(value) if known else value
 
-    def return_to_commit(self) -> None:
-        """Put `run.state` back to that of the last commit; what refers to its parts still does."""
+    def return_to_commit(self, caller: FrameType) -> None:
+        """Put `run.state` and the script's variables back to those of the last commit.
+
+        Dicts and lists are filled in place, since the script may hold references to them.
+
+        Args:
+            caller: Where the step of the last commit is called.
+        """
         head, *_ = split(self.payload)
         assign_tree(self.user, encoding.decode(head)["state"])
+        self.variables.assign(caller)
 
     def restore(
         self, protected: Protected, payload: bytes, commits: int, returned: Any = None
@@ -215,7 +231,9 @@ class LocalState:
         Returns:
             The means of its last step.
         """
-        head, *values = split(payload)
+        head, variables, *values = split(payload)
+        self.variables.restore(variables)
+        self._variables = bytes(variables)
         record = encoding.decode(head)
         means = [LazyMean(local) for local in record["means"]]
         self._cursor.committed = record["position"]

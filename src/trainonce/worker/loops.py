@@ -51,6 +51,7 @@ class Loops:
         self._looked = False
         self._epoch: int | None = None
         self._passes: dict[int, int] = {}
+        self._restored_passes: dict[int, int] = {}
         self._places: dict[int, _Place] = {}
         self._restored: dict[int, _Place] = {}
         self._samples = 0
@@ -66,6 +67,7 @@ class Loops:
                 [place, last, None if kept is None else list(kept)]
                 for place, (last, kept) in self._cursor.done.items()
             ],
+            "passes": dict(self._passes),
         }
 
     def restore(self, record: dict[str, Any]) -> None:
@@ -75,6 +77,11 @@ class Loops:
             place: (last, None if kept is None else _Place(*kept))
             for place, last, kept in record["done"]
         }
+        self._restored_passes = record["passes"]
+
+    def return_to_commit(self) -> None:
+        """Count passes over loaders as of the last commit: not all were gone through here."""
+        self._passes = dict(self._restored_passes)
 
     def take_samples(self) -> int:
         """Return the samples of the current batches that were not taken yet, all ranks."""
@@ -104,10 +111,16 @@ class Loops:
             self._epoch = None
             self._cursor.leave_loop(depth)
 
-    def batches(self, source: Source, max_steps: int | None) -> Iterator[Any]:
-        """Yield the batches that are not consumed; begins again at the end if it must."""
+    def batches(self, source: Source, ordinal: int, max_steps: int | None) -> Iterator[Any]:
+        """Yield the batches that are not consumed; begins again at the end if it must.
+
+        Args:
+            source: Where they come from.
+            ordinal: Names the source on all ranks.
+            max_steps: Stop after so many.
+        """
         me: list[weakref.ref[Iterator[Any]]] = []
-        batches = self._batches(source, max_steps, me)
+        batches = self._batches(source, ordinal, max_steps, me)
         me.append(weakref.ref(batches))
         return batches
 
@@ -120,7 +133,11 @@ class Loops:
             self._counted()
 
     def _batches(
-        self, source: Source, max_steps: int | None, me: list[weakref.ref[Iterator[Any]]]
+        self,
+        source: Source,
+        ordinal: int,
+        max_steps: int | None,
+        me: list[weakref.ref[Iterator[Any]]],
     ) -> Iterator[Any]:
         commits = self._inside_step()
         if commits is not None:
@@ -131,8 +148,8 @@ class Loops:
         self._enter()
         self._look_for_enumerate(me[0]())
         depth, begin, is_done, kept = self._cursor.enter_loop()
-        passes = self._passes.get(id(source), 0)
-        self._passes[id(source)] = passes + 1
+        passes = self._passes.get(ordinal, 0)
+        self._passes[ordinal] = passes + 1
         try:
             if begin is None or (is_done and kept is None):
                 return

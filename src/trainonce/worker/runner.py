@@ -44,6 +44,7 @@ from trainonce.worker.verify import compare_replicas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from types import FrameType
 
     from trainonce.wire.progress import Progress
     from trainonce.worker.cursor import Position
@@ -253,9 +254,10 @@ class Runner:
         """Begin to execute a step."""
         assert self.protected is not None
         if self.cursor.behind:  # the script took another way than before
-            self._return_to_commit()
+            self._return_to_commit(execution.caller)
         self.injector.at("between")
         self.protected.check_unchanged()
+        self.local.take_variables(execution.caller)
         seed_section(self.seed, self.rank, self.commits, self._calls)
         if self.fabric is not None:
             execution.operations_before = self.fabric.num_issued()
@@ -400,6 +402,7 @@ class Runner:
         if not execution.stepped and self.protected.parameters_changed():
             execution.kind = UpdateKind.OPAQUE
         if self.fabric is not None:
+            self.local.take_variables(execution.caller)
             self.local.publish(
                 self.protected,
                 position,
@@ -558,21 +561,39 @@ class Runner:
 
     # ------------------------------------------------------------------ recorded values
 
-    def recorded(self, position: Position) -> Any:
-        """Return what the committed step at `position` returned, or LOST."""
+    def recorded(self, position: Position, caller: FrameType) -> Any:
+        """Return what the committed step at `position` returned, or LOST.
+
+        Args:
+            position: Of the call.
+            caller: Where it is called.
+        """
         known, value = self.local.values.get(position)
-        if position == self.cursor.committed and self.cursor.behind:
-            self._return_to_commit()
+        if position != self.cursor.committed:
+            self.local.variables.begin(caller)
+        elif self.cursor.behind:
+            self._return_to_commit(caller)
             if not known:
                 self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
         return value if known else lost(value)
 
-    def _return_to_commit(self) -> None:
+    def _return_to_commit(self, caller: FrameType) -> None:
         """Undo what code between steps did on its way here: it is part of the last commit."""
         assert self.protected is not None
         self.cursor.behind = False
         self.protected.return_to_commit()
-        self.local.return_to_commit()
+        self.local.return_to_commit(caller)
+        self.loops.return_to_commit()
+        if self.local.variables.missing:
+            names = ", ".join(self.local.variables.missing[:5])
+            self.notify(
+                Note(
+                    key="variables-left-out",
+                    level="warning",
+                    text=f"variables of the script that are too large to come along when a rank is"
+                    f" taken over: {names}. What the script needs of them belongs in run.state",
+                )
+            )
         seed_between(self.seed, self.rank, self.commits)
 
     def collective_between(self, op: Op) -> None:

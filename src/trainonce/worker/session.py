@@ -92,6 +92,7 @@ class Run:
         progress["peak_flops"] = peak_flops(self._device)
         self._handover: Handover | None = None
         self._sources: dict[int, tuple[Any, ShardedLoader | StatefulLoader]] = {}
+        self._ordinals: dict[int, int] = {}
         if self._fabric is not None:
             self._handover = Handover(self._runner, self._fabric, self._device)
             self._fabric.host = self._handover
@@ -173,6 +174,7 @@ class Run:
         self._runner.protect(protected)
         self._runner.verify_every = verify_replicas_every
         for loader in loaders.values():
+            self._number(loader)
             self._use_for_rehearsal(loader)
         if shadow_every is not None and shadow_every < 0:
             raise ConfigError(f"shadow_every is {shadow_every}", hint="give 0 or more, or None")
@@ -197,7 +199,8 @@ class Run:
             max_steps: Stop after so many batches, going over the data again if need be.
                 None: one pass.
         """
-        return self._runner.loops.batches(self._source(loader), max_steps)
+        source = self._source(loader)
+        return self._runner.loops.batches(source, self._ordinals[id(loader)], max_steps)
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """Iterate over the epochs that are not completed yet."""
@@ -257,6 +260,7 @@ class Run:
                 **options,
             )
         )
+        self._number(loader)
         self._use_for_rehearsal(loader)
         return loader
 
@@ -444,6 +448,7 @@ class Run:
             runner.notify(Note(key="copies", text=describe_copies(table)))
 
     def _source(self, loader: Any) -> Any:
+        self._number(loader)
         # The loader is kept with its source: an id may be used again once its object is gone.
         if id(loader) not in self._sources:
             rank = self._promotion.rank if self._promotion.done else None
@@ -454,6 +459,10 @@ class Run:
             self._runner.enter()
         source.bind(self._promotion.rank, self._world_size)
         return source
+
+    def _number(self, loader: Any) -> None:
+        """Give a loader a number: at set-up, where a newcomer gives it the same."""
+        self._ordinals.setdefault(id(loader), len(self._ordinals))
 
     def _use_for_rehearsal(self, loader: Any) -> None:
         handover = self._handover

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
@@ -13,6 +14,7 @@ from trainonce.worker.seeds import derive_seed, seed_generators
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from trainonce.worker.cursor import Position
     from trainonce.worker.runner import Runner
@@ -76,6 +78,8 @@ class Execution:
     position: Position
     profile: StepProfile
     begun_mono_ns: int
+    caller: FrameType
+    """Where the step was called."""
     operations_before: int = 0
     """Collectives that this interval had issued when the execution began."""
     waited_before_ns: int = 0
@@ -112,15 +116,16 @@ class Step(Generic[P, R]):
             return self.function(*args, **kwargs)
         runner.enter()
         position = runner.cursor.enter_section()
+        caller = sys._getframe(1)
         if runner.cursor.is_committed(position):
-            return runner.recorded(position)
+            return runner.recorded(position, caller)
         if runner.failure:
             raise StepError(
                 f"a step raised {runner.failure}, and was not finished",
                 hint="let the exception end the process: its rank is rebuilt, and the step is"
                 " executed again there",
             )
-        execution = Execution(position, self.profile, time.monotonic_ns())
+        execution = Execution(position, self.profile, time.monotonic_ns(), caller)
         runner.inside = True
         try:
             runner.begin(execution)

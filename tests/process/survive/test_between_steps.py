@@ -38,3 +38,20 @@ def test_an_epoch_is_taken_up_wherever_it_stands(calm, shaken, faults):
     for rank, seen in lines.items():
         for epoch, line in seen.items():
             assert line == without[rank][epoch], result.explain()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        # 9 steps at the top of the script, 9 in a function, 7 by an object.
+        ["kill rank=1 step=4 point=backward", "kill rank=0 step=11 point=begin",
+         "kill rank=1 step=21 point=begin"],
+        ["kill rank=0 step=6 point=begin", "kill rank=1 step=15 point=commit",
+         "migrate rank=0 step=23"],
+    ],
+)  # fmt: skip
+def test_variables_of_the_script_come_along(calm, shaken, faults):
+    result = shaken("own_variables.py", faults=faults)
+    without = calm("own_variables.py")
+    assert without.values("steps") == {0: 25, 1: 25}
+    assert result.values("variables") == without.values("variables"), result.explain()

@@ -1,0 +1,236 @@
+"""Plain variables of the script around a step, which whoever takes the rank over gets as well.
+
+Counters, sums, the best metric so far, lists of a few numbers: whatever has changed since the first
+step, in the frames that lead to a step's call, and of the object whose method calls it. A process
+that takes a rank over has come to the last commit by another way (loops that it left out, values
+that are lost); there it gets the variables that its predecessor had.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trainonce import settings
+from trainonce.wire import encoding
+from trainonce.worker.state import assign_tree, copy_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+# Of all variables together, in scalars: they are looked at in every step.
+_MOST_PARTS = 512
+_MOST_ELEMENTS = 64
+_MOST_FRAMES = 8
+_MOST_CHARACTERS = 4096
+_NOT_THE_USERS = ("trainonce", "torch", "runpy")
+
+Scopes = dict[str, dict[str, Any]]
+
+
+class _Kind(enum.Enum):
+    NUMBER = enum.auto()
+    TEXT = enum.auto()
+    CONTAINER = enum.auto()
+    TENSOR = enum.auto()
+    ARRAY = enum.auto()
+    OTHER = enum.auto()
+
+
+_kinds: dict[type, _Kind] = {
+    **dict.fromkeys((bool, int, float, complex, type(None)), _Kind.NUMBER),
+    **dict.fromkeys((str, bytes), _Kind.TEXT),
+    **dict.fromkeys((list, tuple, dict, set), _Kind.CONTAINER),
+    torch.Tensor: _Kind.TENSOR,
+    np.ndarray: _Kind.ARRAY,
+}
+_ABSENT = object()
+
+
+def _learn(kind: type) -> _Kind:
+    found = _Kind.ARRAY if issubclass(kind, np.generic) else _Kind.OTHER
+    return _kinds.setdefault(kind, found)
+
+
+class Variables:
+    """What is known of the variables around the calls of steps."""
+
+    def __init__(self) -> None:
+        self._first: Scopes = {}
+        self._changed: dict[str, set[str]] = {}
+        self._restored: Scopes = {}
+        self._last: tuple[Scopes, bytes] = ({}, b"")
+        self._is_on = settings.VARIABLES.get() != "0"
+        self._left_out: set[str] = set()
+        self.missing: list[str] = []
+        """Variables of the predecessor that were too large to be taken."""
+
+    def take(self, frame: FrameType) -> bytes:
+        """Return the variables that have changed since the first call, encoded.
+
+        Args:
+            frame: Where the step is called.
+        """
+        if not self._is_on:
+            return b""
+        found: Scopes = {}
+        for key, present, scope in self._look(frame):
+            scope.let_go()
+            first, changed = self._first[key], self._changed.setdefault(key, set())
+            for name, value in present.items():
+                if name in changed or first.get(name, _ABSENT) is value:
+                    continue
+                if name not in first or not _same(first[name], value):
+                    changed.add(name)
+            found[key] = {name: value for name, value in present.items() if name in changed}
+        last, encoded = self._last
+        if not encoded or not _same(last, found):
+            encoded = encoding.encode([found, sorted(self._left_out)])
+            self._last = (copy_tree(found), encoded)
+        return encoded
+
+    def begin(self, frame: FrameType) -> None:
+        """Take note of the variables around a call that is skipped."""
+        if self._is_on:
+            for _, _, scope in self._look(frame):
+                scope.let_go()
+
+    def _look(self, frame: FrameType) -> Iterator[tuple[str, dict[str, Any], _Scope]]:
+        """Yield the scopes around a call with what is plain in them, and note what is new."""
+        left, kinds = _MOST_PARTS, _kinds
+        for key, scope in _scopes(frame):
+            present: dict[str, Any] = {}
+            for name, value in scope.values.items():
+                kind = kinds.get(type(value))
+                if kind is None:
+                    kind = _learn(type(value))
+                if kind is _Kind.OTHER or name[:2] == "__":
+                    continue
+                if kind is not _Kind.NUMBER:
+                    size = _size(value, left)
+                    if size > left:
+                        self._left_out.add(name)
+                        continue
+                    if size < 0:
+                        continue
+                    left -= size
+                present[name] = value
+            if key not in self._first:
+                self._first[key] = {name: copy_tree(value) for name, value in present.items()}
+            yield key, present, scope
+
+    def restore(self, data: bytes | memoryview) -> None:
+        """Remember what a predecessor took, for `assign`."""
+        self._restored, self.missing = encoding.decode(data) if len(data) else ({}, [])
+
+    def assign(self, frame: FrameType) -> None:
+        """Give the variables around a call the values that the predecessor had there."""
+        if not self._is_on:
+            return
+        for key, present, scope in self._look(frame):
+            wanted, first = self._restored.get(key), self._first[key]
+            if wanted is None:
+                scope.let_go()
+                continue
+            self._changed.setdefault(key, set()).update(wanted)
+            for name, value in present.items():
+                if name not in wanted and not _same(first.get(name, value), value):
+                    scope.values[name] = copy_tree(first[name])
+            for name, value in wanted.items():
+                scope.values[name] = assign_tree(scope.values.get(name), value)
+            scope.write()
+        self._restored = {}
+
+
+class _Scope:
+    """The variables of one frame, or of one object."""
+
+    def __init__(self, values: Any, frame: FrameType | None = None) -> None:
+        self.values = values
+        self._frame = frame
+
+    def write(self) -> None:
+        """Make assignments to `values` those of the frame."""
+        if self._frame is not None and sys.version_info < (3, 13):
+            ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(self._frame), ctypes.c_int(0))
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Keep nothing alive: up to Python 3.12 the dict of a frame's variables is a copy."""
+        if self._frame is not None and sys.version_info < (3, 13):
+            self.values.clear()
+
+
+def _scopes(frame: FrameType) -> Iterator[tuple[str, _Scope]]:
+    """Yield the scopes that lead to `frame`, from the inside out."""
+    here: FrameType | None = frame
+    for _ in range(_MOST_FRAMES):
+        if here is None:
+            return
+        module, code = here.f_globals.get("__name__", ""), here.f_code
+        if module.partition(".")[0] not in _NOT_THE_USERS:
+            key = f"{module}.{code.co_qualname}"
+            values: Any = here.f_locals
+            if values is here.f_globals:
+                yield key, _Scope(values)
+                return
+            self = values.get("self")
+            yield key, _Scope(values, here if code.co_flags & inspect.CO_OPTIMIZED else None)
+            if _is_plain_object(self):
+                yield f"{key}.self", _Scope(vars(self))
+        here = here.f_back
+
+
+def _is_plain_object(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not hasattr(value, "state_dict")
+
+
+def _size(value: Any, limit: int) -> int:
+    """Return of how many scalars `value` consists; -1: it has other parts, `limit` + 1: of more."""
+    kind = _kinds.get(type(value)) or _learn(type(value))
+    if kind is _Kind.NUMBER:
+        return 1
+    if kind is _Kind.TEXT:
+        return 1 if len(value) <= _MOST_CHARACTERS else -1
+    if kind is _Kind.TENSOR:
+        small = value.numel() <= _MOST_ELEMENTS and value.layout is torch.strided
+        return 4 if small and value.device.type == "cpu" and not value.requires_grad else -1
+    if kind is _Kind.ARRAY:
+        return 4 if value.size <= _MOST_ELEMENTS and value.dtype.kind in "biufc" else -1
+    if kind is _Kind.OTHER:
+        return -1
+    if len(value) > limit:
+        return limit + 1
+    total = 1
+    parts = (part for pair in value.items() for part in pair) if type(value) is dict else value
+    for part in parts:
+        size = _size(part, limit - total)
+        if size < 0:
+            return -1
+        total += size
+        if total > limit:
+            return limit + 1
+    return total
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:  # neither changes: what can is kept as a copy
+        return True
+    if type(one) is not type(other):
+        return False
+    if type(one) is dict:
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if type(one) in (list, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    return one == other

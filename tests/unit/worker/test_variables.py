@@ -1,0 +1,150 @@
+"""Variables of a script that a newcomer takes over."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from trainonce.worker.variables import Variables
+
+
+class Training:
+    """A script in which `call` stands for a step, before and after its process was lost."""
+
+    def __init__(self):
+        self.variables = Variables()
+        self.taken = b""
+        self.takes_over = False
+
+    def call(self):
+        frame = sys._getframe(1)
+        if self.takes_over:
+            self.variables.assign(frame)
+            self.takes_over = False
+        else:
+            self.taken = self.variables.take(frame)
+
+    def lost(self):
+        """Return the training of the process that takes over at this call."""
+        newcomer = Training()
+        newcomer.takes_over = True
+        newcomer.variables.restore(self.taken)
+        return newcomer
+
+
+def counting(training, steps, begin=0):
+    best, losses, sums, where, untouched = 9.0, [], torch.zeros(2), {"a": [0]}, [1]
+    mean = np.float64(0)
+    alias = losses
+    for step in range(begin, begin + steps):
+        training.call()
+        best = min(best, 1 / (step + 1))
+        losses.append(step)
+        sums += step
+        where["a"][0] += 1
+        mean = mean + step
+    return best, losses, sums.tolist(), where, float(mean), untouched, alias is losses
+
+
+def test_variables_of_a_function_are_those_of_the_predecessor():
+    training = Training()
+    counting(training, 4)  # lost in the last call: three times something had been added
+    assert counting(training.lost(), 2, begin=3) == counting(Training(), 5)
+
+
+def test_what_was_never_changed_stays_the_newcomers_own():
+    def script(training, device):
+        count = 0
+        for _ in range(3):
+            training.call()
+            count += 1
+        return device, count
+
+    training = Training()
+    script(training, "cuda:0")
+    assert script(training.lost(), "cuda:1")[0] == "cuda:1"
+
+
+def test_what_a_replay_changed_by_mistake_is_undone():
+    def script(training, skipped=0):
+        patience = 0
+        for _ in range(skipped):
+            training.variables.begin(sys._getframe())
+            patience += 1  # compared with a value that was lost
+        training.call()
+        return patience
+
+    training = Training()
+    script(training)
+    assert script(training.lost(), skipped=3) == 0
+
+
+class Trainer:
+    def __init__(self):
+        self.steps, self.model = 0, torch.nn.Linear(1, 1)
+
+    def fit(self, training, steps):
+        for _ in range(steps):
+            self.one(training)
+        return self.steps
+
+    def one(self, training):
+        training.call()
+        self.steps += 1
+
+
+def test_attributes_of_the_object_that_calls_come_along():
+    training = Training()
+    Trainer().fit(training, 4)
+    assert Trainer().fit(training.lost(), 2) == 5
+
+
+def test_nothing_is_kept_alive_by_being_looked_at():
+    class Batch:
+        pass
+
+    import weakref
+
+    def script(training):
+        batch = Batch()
+        seen = weakref.ref(batch)
+        training.call()
+        del batch
+        return seen()
+
+    assert script(Training()) is None
+
+
+def test_large_ones_are_left_out_and_named():
+    def script(training):
+        history, step = list(range(1000)), 0
+        for _ in range(2):
+            training.call()
+            step += 1
+        return len(history), step
+
+    training = Training()
+    script(training)
+    newcomer = training.lost()
+    assert newcomer.variables.missing == ["history"]
+    assert script(newcomer)[1] == 3
+
+
+@pytest.mark.parametrize("value", [torch.zeros(65), torch.zeros(2, requires_grad=True), object()])
+def test_others_are_passed_over(value):
+    def script(training, kept):
+        training.call()
+        return kept
+
+    training = Training()
+    script(training, value)
+    other = object()
+    assert script(training.lost(), other) is other
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("TRAINONCE_VARIABLES", "0")
+    training = Training()
+    counting(training, 4)
+    assert training.taken == b""

@@ -263,3 +263,19 @@ def test_want_of_memory_on_a_shared_device_is_no_bug_of_the_script():
     assert is_out_of_memory("AcceleratorError: CUDA error: out of memory")
     assert is_out_of_memory("RuntimeError: DefaultCPUAllocator: can't allocate memory")
     assert not is_out_of_memory("ValueError: no such key in memory")
+
+
+def test_ranks_that_took_different_ways_through_the_script_are_told_apart_from_a_hang():
+    def status(rank, phase, commits, pending=0):
+        return RankStatus(rank=rank, phase=phase, commits=commits, pending=pending, silent_s=20)
+
+    ended = status(0, Phase.ENDING, 24)
+    decision = judge_progress([ended, status(1, Phase.COMPUTING, 24, pending=1)], LIMITS)
+    assert decision.action is Action.END
+    assert "step 24 for rank 0, whose script ended after 24 steps" in decision.reason
+    # The last step of the rank that has not ended: its message may be lost.
+    behind = judge_progress([ended, status(1, Phase.WAITING, 23)], LIMITS)
+    assert behind.action is Action.REFORM
+    # A third rank is neither waiting nor at its end: it is the culprit.
+    third = [ended, status(1, Phase.WAITING, 24), status(2, Phase.COMPUTING, 24)]
+    assert judge_progress(third, LIMITS).ranks == (2,)

@@ -100,6 +100,7 @@ class RankStatus:
 
 
 _OUTSIDE = (Phase.STARTING, Phase.SETUP, Phase.BETWEEN)
+_ENDED = (Phase.ENDING, Phase.DONE)
 
 
 def judge_progress(
@@ -113,7 +114,8 @@ def judge_progress(
 
     The culprit is a rank that has not entered the collective the others wait in. A rank
     that makes progress, however slow, is left alone; so is a job in which nobody waits for
-    anybody, since then no rank is proven to be at fault.
+    anybody, since then no rank is proven to be at fault. Where the script of some ranks has
+    ended while the others wait in a later step, they took different ways through it.
 
     Args:
         ranks: Every rank that has a worker.
@@ -142,7 +144,8 @@ def judge_progress(
         return Decision(Action.WAIT, "a rank is saving or compiling")
     silent_s = min(r.silent_s for r in ranks)
     waiting = [r for r in ranks if r.waits]
-    others = [r for r in ranks if not r.waits and r.phase not in (Phase.DONE, Phase.DRAINED)]
+    idle = (*_ENDED, Phase.DRAINED)
+    others = [r for r in ranks if not r.waits and r.phase not in idle]
     outside = bool(others) and all(r.phase in _OUTSIDE for r in others)
     limit_s = max(
         limits.outside_floor_s if outside else limits.floor_s,
@@ -156,6 +159,15 @@ def judge_progress(
     if others:
         least = min(r.issued for r in others)
         return Decision(Action.REPLACE, reason, tuple(r.rank for r in others if r.issued == least))
+    ended = [r for r in ranks if r.phase in _ENDED]
+    left = [r for r in waiting if r not in ended]
+    if ended and left and min(r.commits for r in left) >= max(r.commits for r in ended):
+        return Decision(
+            Action.END,
+            f"rank {left[0].rank} waits in step {left[0].commits} for rank {ended[0].rank}, whose"
+            f" script ended after {ended[0].commits} steps: what decides how long a loop runs must"
+            " be equal on all ranks (docs/api.md, Variables of the script)",
+        )
     return Decision(Action.REFORM, f"{reason}, and all ranks wait in a collective")
 
 

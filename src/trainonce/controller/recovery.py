@@ -248,6 +248,14 @@ class Recovery:
         else:
             self._announce({})
 
+    def handle_parted(self, reason: str) -> None:
+        """End a job whose ranks took different ways, unless new connections help."""
+        step, times = self._reforms
+        if step == self._job.step and times:
+            self._ending.finish(ExitCode.SCRIPT_FAILED, "failed", reason)
+        else:
+            self.reform(reason, detected_by="progress")
+
     def handle_peer_lost(self, report: PeerLost) -> None:
         """A collective failed: wait for the death behind it, else connect again."""
         generation = report.generation

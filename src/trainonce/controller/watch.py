@@ -151,6 +151,9 @@ class Watch:
         )
         if decision.action is Action.REPLACE:
             self._replace(decision, statuses)
+        elif decision.action is Action.END:
+            self._keep_evidence(decision, statuses)
+            self._recovery.handle_parted(decision.reason)
         elif decision.action is Action.REFORM:
             self._keep_evidence(decision, statuses)
             self._recovery.reform(decision.reason, detected_by="progress")

@@ -48,6 +48,8 @@ class Phase(enum.IntEnum):
     RECOVERING = 7
     DRAINED = 8
     DONE = 9
+    ENDING = 10
+    """The script has ended; state is saved, and other ranks are waited for."""
 
 
 class Progress:

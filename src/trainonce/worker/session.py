@@ -538,6 +538,7 @@ class Run:
         if self._fabric is not None:
             self._runner.enter()
             self._fabric.drain_pending()
+        self._runner.progress["phase"] = Phase.ENDING
         self._runner.injector.at("end")
         if self._runner.durable is not None:
             self._runner.durable.save_at_end()

@@ -1,6 +1,12 @@
 """Code between committed steps runs again in a newcomer, and leaves no trace of that."""
 
+from pathlib import Path
+
 import pytest
+
+from trainonce.testing import run_job
+
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 @pytest.mark.parametrize(
@@ -55,3 +61,12 @@ def test_variables_of_the_script_come_along(calm, shaken, faults):
     without = calm("own_variables.py")
     assert without.values("steps") == {0: 25, 1: 25}
     assert result.values("variables") == without.values("variables"), result.explain()
+
+
+def test_ranks_that_leave_a_loop_at_different_times_are_told_so(tmp_path):
+    result = run_job(
+        SCRIPTS / "stops_early.py", spares=1, chaos="kill rank=1 step=4 point=backward",
+        options=("--hang-timeout-s", "3"), env={"TRAINONCE_VARIABLES": "0"}, home=tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "whose script ended after 6 steps" in result.stderr, result.explain()

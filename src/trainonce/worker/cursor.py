@@ -10,7 +10,7 @@ tuples in program order, so "already committed" is `position <= committed`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 # Of a section, or of a collective between sections: its last number is negative.
 Position = tuple[int, ...]
@@ -19,31 +19,26 @@ Position = tuple[int, ...]
 _MOST_DONE = 16
 
 
-@dataclass
-class _Loop:
+@dataclass(eq=False)
+class Loop:
+    """One loop that is open.
+
+    Attributes:
+        begin: The iteration to begin at, which holds the last commit if that lies in this loop;
+            None if there is none left to go through.
+        is_done: Whether the whole loop is committed: then `begin` is its last iteration.
+        kept: What its owner needs to come to the present iteration again.
+    """
+
     ordinal: int
+    begin: int | None = 0
+    is_done: bool = False
+    kept: Any = None
     iteration: int = -1
     units: int = 0
     """Loops and sections met so far in the current iteration."""
     collectives: int = 0
     """Collectives outside of sections met so far in the current iteration."""
-
-
-class Entry(NamedTuple):
-    """How a loop is entered.
-
-    Attributes:
-        depth: A handle for `next_iteration` and `leave_loop`.
-        begin: The iteration to begin at, which holds the last commit if that lies in this loop;
-            None if there is none left to go through.
-        is_done: Whether the whole loop is committed: then `begin` is its last iteration.
-        kept: What it kept of that.
-    """
-
-    depth: int
-    begin: int | None
-    is_done: bool = False
-    kept: Any = None
 
 
 @dataclass
@@ -62,7 +57,7 @@ class Cursor:
 
     A newcomer goes through that iteration, for the variables that it leaves behind.
     """
-    _stack: list[_Loop] = field(default_factory=lambda: [_Loop(0)])
+    _stack: list[Loop] = field(default_factory=lambda: [Loop(0)])
 
     def prefix(self) -> Position:
         """Return the position of the innermost open iteration."""
@@ -82,44 +77,57 @@ class Cursor:
         """Tell whether the section call at `position` is already committed."""
         return self.committed is not None and position <= self.committed
 
-    def enter_loop(self) -> Entry:
+    def enter_loop(self) -> Loop:
         """Open a loop."""
         place = (*self.prefix(), self._next_unit())
-        self._stack.append(_Loop(place[-1]))
-        depth = len(self._stack) - 1
+        loop = Loop(place[-1])
+        self._stack.append(loop)
         head = () if self.committed is None else self.committed[: len(place)]
         if self.committed is not None and head == place and len(self.committed) > len(place):
-            return Entry(depth, self.committed[len(place)])
-        if place > head:
-            return Entry(depth, 0)
-        iteration, kept = self.done.get(place, (None, None))
-        return Entry(depth, iteration, is_done=True, kept=kept)
+            loop.begin = self.committed[len(place)]
+        elif place <= head:
+            loop.is_done = True
+            loop.begin, loop.kept = self.done.get(place, (None, None))
+        return loop
 
-    def next_iteration(self, depth: int, iteration: int) -> None:
-        """Begin `iteration` of the loop at `depth`; loops left open inside it are closed."""
-        del self._stack[depth + 1 :]
-        place = self._place(depth)
+    def next_iteration(self, loop: Loop, iteration: int) -> None:
+        """Begin `iteration` of `loop`; loops left open inside it are closed.
+
+        One that is gone through beside another, as by `zip`, lies in the iterations of that.
+        """
+        if loop in self._stack:
+            del self._stack[self._stack.index(loop) + 1 :]
+        else:
+            loop.ordinal = self._next_unit()
+            self._stack.append(loop)
+        place = self._place(loop)
         for each in list(self.done):
             if each[: len(place)] == place and each[len(place) :][:1] not in ((), (iteration,)):
                 del self.done[each]  # of an earlier iteration
-        loop = self._stack[depth]
         loop.iteration = iteration
         loop.units = loop.collectives = 0
 
-    def leave_loop(self, depth: int, kept: Any = None) -> None:
-        """Close the loop at `depth` and everything inside it.
-
-        Args:
-            depth: From `enter_loop`.
-            kept: What it needs to come to its last iteration again.
-        """
-        if len(self._stack) > depth and self._stack[depth].iteration >= 0:
-            place = self._place(depth)
-            self.done.pop(place, None)
-            self.done[place] = (self._stack[depth].iteration, kept)
-            while len(self.done) > _MOST_DONE:
-                del self.done[next(iter(self.done))]
+    def leave_loop(self, loop: Loop) -> None:
+        """Close `loop` and everything inside it."""
+        if loop not in self._stack:
+            return
+        depth = self._stack.index(loop)
+        for each in self._stack[depth:]:
+            if each.iteration >= 0:
+                place = self._place(each)
+                self.done.pop(place, None)
+                self.done[place] = (each.iteration, each.kept)
+        while len(self.done) > _MOST_DONE:
+            del self.done[next(iter(self.done))]
         del self._stack[depth:]
+
+    def open_loops(self) -> list[tuple[int, Any]]:
+        """Return the depth of each open loop that keeps something, and what it keeps."""
+        return [(depth, loop.kept) for depth, loop in enumerate(self._stack) if loop.kept]
+
+    def depth_of(self, loop: Loop) -> int:
+        """Return how many loops are open around `loop`, which is open."""
+        return self._stack.index(loop)
 
     def is_live(self, position: Position, latest: Position | None = None) -> bool:
         """Tell whether a newcomer may come to `position` again.
@@ -136,9 +144,9 @@ class Cursor:
             return True
         return any((*place, last) == position[:-1] for place, (last, _) in self.done.items())
 
-    def _place(self, depth: int) -> Position:
-        outer = (part for loop in self._stack[1:depth] for part in (loop.ordinal, loop.iteration))
-        return (*outer, self._stack[depth].ordinal)
+    def _place(self, loop: Loop) -> Position:
+        around = self._stack[1 : self._stack.index(loop)]
+        return (*(part for each in around for part in (each.ordinal, each.iteration)), loop.ordinal)
 
     def _next_unit(self) -> int:
         loop = self._stack[-1]

@@ -8,10 +8,12 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trainonce.worker.variables import advance
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from trainonce.worker.cursor import Cursor
+    from trainonce.worker.cursor import Cursor, Loop
     from trainonce.worker.data import StatefulLoader
     from trainonce.worker.loader import ShardedLoader
 
@@ -31,7 +33,7 @@ class Loops:
         fault_point: Lets the fault plan act.
         inside_step: Returns the number of committed steps while a step is executed, else
             None. Loops inside a step belong to it: they begin at their beginning.
-        counted: Told when a script counts the batches with `enumerate`.
+        cannot_count: Told when a script counts batches with an `enumerate` that cannot be set.
     """
 
     def __init__(
@@ -41,18 +43,16 @@ class Loops:
         enter: Callable[[], None],
         fault_point: Callable[[str], None],
         inside_step: Callable[[], int | None],
-        counted: Callable[[], object],
+        cannot_count: Callable[[], object],
     ) -> None:
         self._cursor = cursor
         self._enter = enter
         self._fault_point = fault_point
         self._inside_step = inside_step
-        self._counted = counted
-        self._looked = False
+        self._cannot_count = cannot_count
         self._epoch: int | None = None
         self._passes: dict[int, int] = {}
         self._restored_passes: dict[int, int] = {}
-        self._places: dict[int, _Place] = {}
         self._restored: dict[int, _Place] = {}
         self._samples = 0
         self._waited_ns = 0
@@ -62,7 +62,7 @@ class Loops:
     def record(self) -> dict[str, Any]:
         """Return where the open batch loops stand, and where the completed ones ended."""
         return {
-            "open": [[depth, *place] for depth, place in self._places.items()],
+            "open": [[depth, *place] for depth, place in self._cursor.open_loops()],
             "done": [
                 [place, last, None if kept is None else list(kept)]
                 for place, (last, kept) in self._cursor.done.items()
@@ -100,16 +100,16 @@ class Loops:
             yield from range(num_epochs)
             return
         self._enter()
-        depth, begin, is_done, _ = self._cursor.enter_loop()
-        begin = num_epochs if begin is None else begin
+        loop = self._cursor.enter_loop()
+        begin = num_epochs if loop.begin is None else loop.begin
         try:
-            for epoch in range(begin, begin + 1 if is_done else num_epochs):
-                self._cursor.next_iteration(depth, epoch)
+            for epoch in range(begin, begin + 1 if loop.is_done else num_epochs):
+                self._cursor.next_iteration(loop, epoch)
                 self._epoch = epoch
                 yield epoch
         finally:
             self._epoch = None
-            self._cursor.leave_loop(depth)
+            self._cursor.leave_loop(loop)
 
     def batches(self, source: Source, ordinal: int, max_steps: int | None) -> Iterator[Any]:
         """Yield the batches that are not consumed; begins again at the end if it must.
@@ -124,13 +124,11 @@ class Loops:
         me.append(weakref.ref(batches))
         return batches
 
-    def _look_for_enumerate(self, batches: Iterator[Any] | None) -> None:
-        """Find out, once, who asks for batches: `enumerate` would count from 0 in a newcomer."""
-        if self._looked or batches is None:
-            return
-        self._looked = True
-        if any(type(referrer) is enumerate for referrer in gc.get_referrers(batches)):
-            self._counted()
+    def _count_on(self, batches: Iterator[Any] | None, skipped: int) -> None:
+        """Where a script counts batches with `enumerate`, count those that are left out."""
+        for referrer in gc.get_referrers(batches) if skipped else ():
+            if type(referrer) is enumerate and not advance(referrer, skipped):
+                self._cannot_count()
 
     def _batches(
         self,
@@ -146,34 +144,33 @@ class Loops:
                 yield batch
             return
         self._enter()
-        self._look_for_enumerate(me[0]())
-        depth, begin, is_done, kept = self._cursor.enter_loop()
+        loop = self._cursor.enter_loop()
+        self._count_on(me[0](), loop.begin or 0)
         passes = self._passes.get(ordinal, 0)
         self._passes[ordinal] = passes + 1
         try:
-            if begin is None or (is_done and kept is None):
+            if loop.begin is None or (loop.is_done and loop.kept is None):
                 return
-            if is_done:
-                max_steps = begin + 1
-            restored = kept if is_done else self._restored.pop(depth, None)
+            if loop.is_done:
+                max_steps, restored = loop.begin + 1, loop.kept
+            else:
+                restored = self._restored.pop(self._cursor.depth_of(loop), None)
             epoch = passes if self._epoch is None else self._epoch
-            yield from self._from(source, depth, begin, epoch, max_steps, restored)
+            yield from self._from(source, loop, epoch, max_steps, restored)
         finally:
-            place = self._places.pop(depth, kept)
-            # A loader of the user's own cannot be put back and forth.
-            again = place if place is not None and place.loader is None else None
-            self._cursor.leave_loop(depth, again)
+            if loop.kept is not None and loop.kept.loader is not None:
+                loop.kept = None  # a loader of the user's own cannot be put back and forth
+            self._cursor.leave_loop(loop)
 
     def _from(
         self,
         source: Source,
-        depth: int,
-        iteration: int,
+        loop: Loop,
         epoch: int,
         max_steps: int | None,
         restored: _Place | None,
     ) -> Iterator[Any]:
-        offset = 0
+        iteration, offset = loop.begin or 0, 0
         if restored is not None:
             # This batch comes once more, for the code after its step.
             epoch, offset = restored.epoch, restored.offset
@@ -202,8 +199,8 @@ class Loops:
                         _close(batches)
                         batches = source.iterate(epoch, after)
                     restored = None
-                    self._cursor.next_iteration(depth, iteration)
-                    self._places[depth] = _Place(epoch, offset, after, state)
+                    self._cursor.next_iteration(loop, iteration)
+                    loop.kept = _Place(epoch, offset, after, state)
                     offset = after
                     yield batch
                     iteration += 1

@@ -96,7 +96,7 @@ class Runner:
             enter=self.enter,
             fault_point=self.injector.at,
             inside_step=lambda: self.commits if self.executing or self.rehearsing else None,
-            counted=self._tell_of_enumerate,
+            cannot_count=self._tell_of_enumerate,
         )
         self.local = LocalState(
             world_size=world_size,
@@ -501,8 +501,8 @@ class Runner:
             Note(
                 key="enumerate",
                 level="warning",
-                text="enumerate(run.batches(...)) counts from 0 again in a process that takes a"
-                " rank over; use run.step_index, or a count in run.state",
+                text="on this interpreter enumerate(run.batches(...)) counts from 0 again in a"
+                " process that takes a rank over; use run.step_index, or a count of your own",
             )
         )
 

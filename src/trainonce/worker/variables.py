@@ -149,6 +149,19 @@ class Variables:
         self._restored = {}
 
 
+def advance(counter: enumerate[Any], by: int) -> bool:
+    """Let an `enumerate` count on as if it had yielded `by` items more.
+
+    Returns:
+        False where this interpreter keeps its count in another place than CPython does.
+    """
+    count = ctypes.c_ssize_t.from_address(id(counter) + object.__basicsize__)
+    if sys.implementation.name != "cpython" or count.value != counter.__reduce__()[1][1]:  # type: ignore[index]
+        return False
+    count.value += by
+    return True
+
+
 class _Scope:
     """The variables of one frame, or of one object."""
 

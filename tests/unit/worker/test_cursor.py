@@ -4,12 +4,12 @@ from trainonce.worker.cursor import Cursor
 
 
 def loop(cursor, iterations):
-    depth, begin, is_done, _ = cursor.enter_loop()
-    begin = iterations if begin is None else begin
-    for iteration in range(begin, begin + 1 if is_done else iterations):
-        cursor.next_iteration(depth, iteration)
+    loop = cursor.enter_loop()
+    begin = iterations if loop.begin is None else loop.begin
+    for iteration in range(begin, begin + 1 if loop.is_done else iterations):
+        cursor.next_iteration(loop, iteration)
         yield iteration
-    cursor.leave_loop(depth)
+    cursor.leave_loop(loop)
 
 
 def run_script(cursor, *, epochs=3, batches=4, crash_after=None, visited=None):
@@ -61,6 +61,25 @@ def test_the_last_iteration_of_a_completed_loop_is_visited_again():
     assert visited == [(1, 3), *((2, batch) for batch in range(4))]
 
 
+def test_loops_side_by_side_are_taken_up_together():
+    def script(cursor, until=None):
+        executed = []
+        for pair in zip(loop(cursor, 4), loop(cursor, 9), strict=False):
+            position = cursor.enter_section()
+            if not cursor.is_committed(position):
+                executed.append((pair, position))
+                cursor.committed = position
+                if pair == until:
+                    break
+        return executed
+
+    whole = script(Cursor())
+    assert [pair for pair, _ in whole] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    first = Cursor()
+    script(first, until=(2, 2))
+    assert script(Cursor(committed=first.committed)) == whole[3:]
+
+
 def test_collectives_between_sections_have_positions_of_their_own():
     cursor = Cursor()
     assert cursor.enter_collective() == (-1,)
@@ -78,9 +97,9 @@ def test_positions_follow_program_order():
 
 def test_a_loop_left_by_break_does_not_shift_what_follows():
     cursor = Cursor()
-    outer = cursor.enter_loop().depth
+    outer = cursor.enter_loop()
     cursor.next_iteration(outer, 0)
-    inner = cursor.enter_loop().depth
+    inner = cursor.enter_loop()
     cursor.next_iteration(inner, 0)
     # `break`: the inner loop is never left explicitly.
     cursor.next_iteration(outer, 1)

@@ -1,4 +1,7 @@
-"""Loops that are steered by variables of the script: at its top, in a function, of an object."""
+"""Loops that are steered by variables of the script: at its top, in a function, of an object.
+
+One goes through two loaders at once, one counts its batches.
+"""
 
 import numpy as np
 import torch
@@ -14,8 +17,10 @@ torch.manual_seed(0)
 model = DDP(mlp(1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 x = torch.randn(48, WIDTH)
-loader = run.dataloader(TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size=8, shuffle=True)
-run.protect(model=model, optimizer=optimizer, loader=loader)
+dataset = TensorDataset(x, x.sum(1, keepdim=True).sin())
+loader = run.dataloader(dataset, batch_size=8, shuffle=True)
+other = run.dataloader(dataset, batch_size=4, shuffle=True)
+run.protect(model=model, optimizer=optimizer, loader=loader, other=other)
 
 
 @run.step
@@ -46,8 +51,8 @@ top = [best, patience, history, seen]
 def fit(limit):
     steps, smooth = 0, np.float64(0.0)
     for _ in run.epochs(100):
-        for batch in run.batches(loader):
-            loss = train(*batch)
+        for pair in zip(run.batches(loader), run.batches(other), strict=False):
+            loss = train(*map(torch.cat, zip(*pair, strict=True)))
             smooth = 0.9 * smooth + 0.1 * float(loss)
             steps += 1
         if steps >= limit:
@@ -60,8 +65,9 @@ class Trainer:
         self.steps, self.losses = 0, []
 
     def fit(self):
-        for batch in run.batches(loader, max_steps=20):
+        for index, batch in enumerate(run.batches(loader, max_steps=20)):
             self.one(batch)
+            self.losses.append(index)
             if self.steps == 7:
                 break
 

@@ -1,7 +1,7 @@
 """Plain variables of the script around a step, which whoever takes the rank over gets as well.
 
 Counters, sums, the best metric so far, lists of a few numbers: whatever has changed since the first
-step, in the frames that lead to a step's call, and of the object whose method calls it. A process
+step, in the frames that lead to a step's call, and in the user's own objects there. A process
 that takes a rank over has come to the last commit by another way (loops that it left out, values
 that are lost); there it gets the variables that its predecessor had.
 """
@@ -41,6 +41,7 @@ class _Kind(enum.Enum):
     CONTAINER = enum.auto()
     TENSOR = enum.auto()
     ARRAY = enum.auto()
+    OBJECT = enum.auto()
     OTHER = enum.auto()
 
 
@@ -56,7 +57,18 @@ _ABSENT = object()
 
 def _learn(kind: type) -> _Kind:
     found = _Kind.ARRAY if issubclass(kind, np.generic) else _Kind.OTHER
+    if _is_of_the_user(kind.__module__) and "__dict__" in dir(kind):
+        found = _Kind.OTHER if hasattr(kind, "state_dict") else _Kind.OBJECT
     return _kinds.setdefault(kind, found)
+
+
+def _is_of_the_user(module: str) -> bool:
+    """Tell whether a module is neither Python's own nor installed from a package."""
+    top = module.partition(".")[0]
+    if top in _NOT_THE_USERS or top in sys.stdlib_module_names:
+        return top == "__main__"
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
 
 
 class Variables:
@@ -69,6 +81,7 @@ class Variables:
         self._last: tuple[Scopes, bytes] = ({}, b"")
         self._is_on = settings.VARIABLES.get() != "0"
         self._left_out: set[str] = set()
+        self._large: dict[tuple[str, str], tuple[int, int]] = {}
         self.missing: list[str] = []
         """Variables of the predecessor that were too large to be taken."""
 
@@ -111,12 +124,14 @@ class Variables:
                 kind = kinds.get(type(value))
                 if kind is None:
                     kind = _learn(type(value))
-                if kind is _Kind.OTHER or name[:2] == "__":
+                if kind is _Kind.OTHER or kind is _Kind.OBJECT or name[:2] == "__":
                     continue
                 if kind is not _Kind.NUMBER:
                     size = _size(value, left)
                     if size > left:
-                        self._left_out.add(name)
+                        large = (id(value), len(value))
+                        if self._large.setdefault((key, name), large) != large:
+                            self._left_out.add(name)
                         continue
                     if size < 0:
                         continue
@@ -192,17 +207,23 @@ def _scopes(frame: FrameType) -> Iterator[tuple[str, _Scope]]:
             key = f"{module}.{code.co_qualname}"
             values: Any = here.f_locals
             if values is here.f_globals:
+                objects = _objects(values)
                 yield key, _Scope(values)
+                yield from ((f"{key}.{name}", _Scope(vars(value))) for name, value in objects)
                 return
-            self = values.get("self")
+            objects = _objects(values)
             yield key, _Scope(values, here if code.co_flags & inspect.CO_OPTIMIZED else None)
-            if _is_plain_object(self):
-                yield f"{key}.self", _Scope(vars(self))
+            yield from ((f"{key}.{name}", _Scope(vars(value))) for name, value in objects)
         here = here.f_back
 
 
-def _is_plain_object(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not hasattr(value, "state_dict")
+def _objects(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the variables that are objects of the user's own classes."""
+    return [
+        (name, value)
+        for name, value in values.items()
+        if (_kinds.get(type(value)) or _learn(type(value))) is _Kind.OBJECT
+    ]
 
 
 def _size(value: Any, limit: int) -> int:
@@ -217,7 +238,7 @@ def _size(value: Any, limit: int) -> int:
         return 4 if small and value.device.type == "cpu" and not value.requires_grad else -1
     if kind is _Kind.ARRAY:
         return 4 if value.size <= _MOST_ELEMENTS and value.dtype.kind in "biufc" else -1
-    if kind is _Kind.OTHER:
+    if kind is _Kind.OTHER or kind is _Kind.OBJECT:
         return -1
     if len(value) > limit:
         return limit + 1

@@ -116,13 +116,37 @@ def test_nothing_is_kept_alive_by_being_looked_at():
     assert script(Training()) is None
 
 
-def test_large_ones_are_left_out_and_named():
+class Meter:
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def update(self, value):
+        self.total += value
+        self.count += 1
+
+
+def test_objects_of_the_scripts_own_classes_come_along():
+    def script(training, values):
+        meter = Meter()
+        for value in values:
+            training.call()
+            meter.update(value)
+        return meter.total, meter.count
+
+    training = Training()
+    script(training, [1.0, 2.0, 3.0])
+    assert script(training.lost(), [3.0, 4.0]) == (10.0, 4)
+
+
+def test_large_ones_are_left_out_and_named_if_they_change():
     def script(training):
+        files = ["a"] * 1000
         history, step = list(range(1000)), 0
         for _ in range(2):
             training.call()
             step += 1
-        return len(history), step
+            history.append(step)
+        return len(files), step
 
     training = Training()
     script(training)

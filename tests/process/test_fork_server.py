@@ -67,7 +67,7 @@ def test_a_forked_job_sees_what_one_of_new_processes_sees(job):
         assert forked.values(key) == fresh.values(key)
 
 
-@pytest.mark.parametrize("fresh", [False, True], ids=["forked", "fresh"])
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_process_that_is_left_behind_is_found_and_killed(job, fresh):
     result = job("leave", fresh=fresh)
     (left,) = result.leftovers

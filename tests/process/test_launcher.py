@@ -1,5 +1,6 @@
 """`trainonce run` with real processes and real signals; the workers are fake_train.py."""
 
+import contextlib
 import json
 import os
 import select
@@ -317,7 +318,8 @@ def test_a_budget_that_is_used_up_reaches_the_webhook(launch):
     with socket.create_server(("127.0.0.1", 0)) as hook:
         url = f"http://127.0.0.1:{hook.getsockname()[1]}/"
         job = launch("--nproc-per-node", "1", "--max-hours", "1e-7", "--budget-webhook", url)
-        job.ranks(1)
+        with contextlib.suppress(OSError, EOFError):
+            job.ranks(1)  # unless the budget ends it before it is ready
         heard = []
         for _ in range(3):  # 50, 80 and 100 %
             connection, _peer = hook.accept()

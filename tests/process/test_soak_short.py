@@ -34,7 +34,9 @@ def soak():
         sys.path.remove(str(SOAK.parents[1]))
 
 
-@pytest.mark.parametrize("kind", JOBS)
+@pytest.mark.parametrize(
+    "kind", ["scaler", pytest.param("late collective", marks=pytest.mark.slow)]
+)
 def test_a_job_with_faults_ends_with_the_bits_of_its_twin(soak, kind):
     plan = JOBS[kind]
     twin = soak.run_job(kind, 2, [])

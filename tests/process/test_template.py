@@ -120,7 +120,7 @@ def test_spares_are_forked_unless_the_script_changes_the_environment_first(tmp_p
     script = Path(tmp_path / "train.py")
     script.write_text(JOB)
     result = run_job(
-        script, *["early"] * early, spares=1, chaos="kill rank=1 step=8 point=backward",
+        script, *["early"] * early, spares=1, chaos="kill rank=1 step=8 point=backward", fresh=True,
         home=tmp_path / "home",
     )  # fmt: skip
     result.assert_completed()

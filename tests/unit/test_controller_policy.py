@@ -119,6 +119,13 @@ def test_the_same_death_in_the_same_section_is_a_bug():
     assert judge_death([death(), death()], 2).action is Action.END
 
 
+def test_what_we_refuse_in_the_set_up_ends_the_job_at_once():
+    assert judge_death([death(step=-1, misuse=True)], 2).action is Action.END
+    assert judge_death([death(step=-1)], 2).action is Action.REPLACE
+    # In a step it may be the environment of one rank.
+    assert judge_death([death(step=5, misuse=True)], 2).action is Action.REPLACE
+
+
 def test_another_exception_in_the_same_section_is_another_failure():
     assert judge_death([death(), death(detail="ValueError: y")], 3).action is Action.REPLACE
 

@@ -6,14 +6,11 @@ from typing import TYPE_CHECKING
 
 from trainonce.controller.incidents import duration
 from trainonce.events import GuestsChanged
-from trainonce.wire.messages import Exit
 
 if TYPE_CHECKING:
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.job import Job
     from trainonce.controller.migration import Migration
     from trainonce.controller.recovery import Recovery
-
-_LEAVE_S = 5.0
 
 
 class Capacity:
@@ -88,11 +85,4 @@ class Capacity:
         crowded = {status.slot for status in job.slot_statuses() if status.workers > 1}
         for handle in job.spares():
             if handle.slot in crowded:
-                handle.dismissed = True
-                handle.send(Exit())
-                job.timers.after(_LEAVE_S, lambda handle=handle: _kill(handle))
-
-
-def _kill(handle: WorkerHandle) -> None:
-    if handle.ended is None:
-        handle.process.signal_group(9)
+                job.dismiss(handle)

@@ -6,7 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from trainonce.controller.exit_codes import ExitCode
-from trainonce.wire.messages import Checkpoint, Exit
+from trainonce.wire.messages import Checkpoint
 
 if TYPE_CHECKING:
     from trainonce.controller.job import Job, WorkerHandle
@@ -122,7 +122,7 @@ class Ending:
             else:
                 handle.dismissed = True
                 handle.process.signal_group(signal.SIGTERM)
-                job.timers.after(_TERMINATE_S, lambda h=handle: self._kill(h))
+                job.timers.after(_TERMINATE_S, handle.kill)
 
     def _give_up(self) -> None:
         for handle in self._job.workers.values():
@@ -130,14 +130,9 @@ class Ending:
             handle.fenced = True
 
     def _dismiss(self, handle: WorkerHandle) -> None:
-        handle.dismissed = True
         if handle.said_hello:
-            handle.send(Exit())
-            self._job.timers.after(_LEAVE_S, lambda: self._kill(handle))
+            self._job.dismiss(handle, leave_s=_LEAVE_S)
         else:
             # It never spoke: it cannot hear either.
-            handle.process.signal_group(signal.SIGKILL)
-
-    def _kill(self, handle: WorkerHandle) -> None:
-        if handle.ended is None:
-            handle.process.signal_group(signal.SIGKILL)
+            handle.dismissed = True
+            handle.kill()

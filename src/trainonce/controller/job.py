@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import selectors
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +18,7 @@ from trainonce.controller.slots import Place, Slots, guests
 from trainonce.controller.timers import Timers
 from trainonce.engines.base import LaunchSpec
 from trainonce.wire.faults import WORKER_FAULTS
-from trainonce.wire.messages import Generation
+from trainonce.wire.messages import Exit, Generation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from trainonce.wire.messages import Failed, FaultFiring, Message
 
 DEFAULT_RESTARTS = 3
+# How long a worker that waits at a commit, or for a rank, may take to leave.
+_LEAVE_S = 5.0
 
 
 class Ledger(Protocol):
@@ -113,6 +116,11 @@ class WorkerHandle:
         """Send `message`. A worker that is gone will be noticed by its exit."""
         if self.connected:
             self.process.channel.try_send(message, fds)
+
+    def kill(self) -> None:
+        """Kill it and what it started, unless it has ended."""
+        if self.ended is None:
+            self.process.signal_group(signal.SIGKILL)
 
 
 class Job:
@@ -257,6 +265,12 @@ class Job:
     def preload(self) -> None:
         """Let the engine prepare for the start of spares."""
         self.engine.preload(self._spec(self._next_worker, -1, 0))
+
+    def dismiss(self, handle: WorkerHandle, *, leave_s: float = _LEAVE_S) -> None:
+        """Tell a worker to leave, and kill it if it has not after `leave_s`."""
+        handle.dismissed = True
+        handle.send(Exit())
+        self.timers.after(leave_s, handle.kill)
 
     def forget(self, handle: WorkerHandle) -> None:
         """Release a worker that was reaped."""

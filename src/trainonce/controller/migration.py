@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainonce.controller.policy import place_for_move, rank_spares
-from trainonce.wire.messages import Drain, Exit
+from trainonce.wire.messages import Drain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from trainonce.controller.recovery import Recovery
     from trainonce.events import Incident
 
-_LEAVE_S = 5.0
 # A worker that is started for a move may land on the very device that is to be left.
 _MAX_STARTS = 4
 
@@ -121,8 +120,7 @@ class Migration:
         job.membership = job.membership.lose([move.rank])
         handle.rank, handle.dismissed = -1, True
         self._recovery.serve()
-        handle.send(Exit())
-        job.timers.after(_LEAVE_S, lambda: self._kill(handle))
+        job.dismiss(handle)
 
     def handle_deaths(self, dead: list[WorkerHandle]) -> None:
         """A rank that dies before it is drained is rebuilt in the ordinary way."""
@@ -141,7 +139,3 @@ class Migration:
         """Answer every request that is still open."""
         while self._moves:
             self._moves.popleft().answer(False, why)
-
-    def _kill(self, handle: WorkerHandle) -> None:
-        if handle.ended is None:
-            handle.process.signal_group(9)

@@ -186,6 +186,7 @@ class Death:
         chaos: A fault plan did it.
         signum: The signal that ended it; 0 for none.
         crowded: It lacked memory while it shared a device: the launcher's doing.
+        misuse: The script asked us for what cannot be.
     """
 
     rank: int
@@ -195,6 +196,7 @@ class Death:
     chaos: bool = False
     signum: int = 0
     crowded: bool = False
+    misuse: bool = False
 
     @property
     def signature(self) -> tuple[int, str, str]:
@@ -223,7 +225,8 @@ def judge_death(history: Sequence[Death], world_size: int) -> Decision:
 
     The same death of the same rank in the same section, by the worker that replaced the
     first, is a bug and not a failure: the second time if the script did it, the fifth time
-    if it came from outside. So is the same exception from all ranks.
+    if it came from outside. So is the same exception from all ranks, and at once what we
+    refuse in the set-up.
 
     Args:
         history: Every death of the job, oldest first.
@@ -238,6 +241,10 @@ def judge_death(history: Sequence[Death], world_size: int) -> Decision:
     times = sum(d.rank == last.rank for d in alike)
     ranks = {d.rank for d in alike}
     where = f"step {last.step}" if last.step >= 0 else "the set-up"
+    if last.misuse and last.step < 0:
+        return Decision(
+            Action.END, f"rank {last.rank} ended with {last.detail} in {where}", (last.rank,)
+        )
     limit = _LIMIT_OF_THE_PROGRAM if is_of_the_script(last) else _LIMIT_FROM_OUTSIDE
     if times >= limit:
         return Decision(

@@ -99,7 +99,8 @@ class Recovery:
                 signum = handle.ended.signum if handle.ended and not handle.doom else 0
                 job.deaths.append(
                     Death(rank=handle.rank, step=step, cause=cause, detail=detail, chaos=chaos,
-                          signum=signum, crowded=self._was_crowded(handle, detail))
+                          signum=signum, crowded=self._was_crowded(handle, detail),
+                          misuse=handle.failed is not None and handle.failed.misuse)
                 )  # fmt: skip
                 verdict = judge_death(job.deaths, job.options.nproc)
                 decision = verdict if verdict.action is Action.END else decision

@@ -8,7 +8,7 @@ import select
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from trainonce.engines.base import ExitStatus
 
@@ -23,6 +23,32 @@ _IMPORT_S = 60.0
 # Who waits for a fork is the launcher's loop.
 _ANSWER_S = 5.0
 _UNKNOWN = ExitStatus(code=-1)
+
+
+class Process(Protocol):
+    """What is needed of a `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        ...
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or minus the signal that ended it; None until `poll` or `wait` saw it."""
+        ...
+
+    def poll(self) -> int | None:
+        """See whether it has ended, and return its `returncode`."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, and return its `returncode`."""
+        ...
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        ...
 
 
 class Template:
@@ -43,17 +69,20 @@ class Template:
         self.command = command
         self.ready = False
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        python, *rest = command
-        args = rest[len(_BOOTSTRAP) :]
         self._give_up_mono_s = time.monotonic() + _IMPORT_S
         with theirs:
-            self._process = subprocess.Popen(
-                (python, *_TEMPLATE, str(theirs.fileno()), *args),
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=(theirs.fileno(),),
-            )
+            self._process = self._start(command[0], command[1 + len(_BOOTSTRAP) :], env, theirs)
+
+    def _start(
+        self, python: str, args: tuple[str, ...], env: Mapping[str, str], theirs: socket.socket
+    ) -> Process:
+        return subprocess.Popen(
+            (python, *_TEMPLATE, str(theirs.fileno()), *args),
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(theirs.fileno(),),
+        )
 
     @staticmethod
     def can_run(command: tuple[str, ...]) -> bool:

@@ -6,8 +6,11 @@ fault plans of `--chaos`, `FakeClock` is a clock that stands still until it is t
 """
 
 from trainonce.clock import FakeClock
-from trainonce.testing.jobs import JobResult, run_job
+from trainonce.testing.jobs import JobResult, fork_server, run_job
 from trainonce.testing.records import record, state_digests
 from trainonce.wire.faults import Fault, parse_plan
 
-__all__ = ["FakeClock", "Fault", "JobResult", "parse_plan", "record", "run_job", "state_digests"]
+__all__ = [
+    "FakeClock", "Fault", "JobResult", "fork_server", "parse_plan", "record", "run_job",
+    "state_digests",
+]  # fmt: skip

@@ -149,13 +149,14 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """An exception ended the script."""
+    """An exception ended the script; `misuse`: one of ours, about how the script uses it."""
 
     step: int
     in_section: bool
     error_type: str
     error: str
     traceback: str
+    misuse: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

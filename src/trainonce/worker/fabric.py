@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainonce.errors import TrainOnceError
-from trainonce.wire.messages import Formed, PeerLost
+from trainonce.wire.messages import Formed, Note, PeerLost
 from trainonce.worker.inner import InnerGroup
 from trainonce.worker.oplog import SETUP, UNSHARED, BufferPool, GroupLog, Op, OpState
 from trainonce.worker.plan import Donation, Plan, RankReport, ResultTransfer, plan_recovery
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 WORLD = "world"
 _POLL_S = 0.002
+# How often an interval is measured that has operations outside of steps.
+_LOOK_EVERY = 1 << 10
 
 
 class Superseded(Exception):
@@ -40,6 +42,11 @@ class Superseded(Exception):
 
 class Host(Protocol):
     """What the fabric asks of the session."""
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is under way."""
+        ...
 
     def recall(self) -> list[torch.Tensor] | None:
         """Return the result of an operation that the other ranks have long behind them."""
@@ -143,6 +150,8 @@ class Fabric:
         # Set while what is issued is complete on all ranks before any rank can commit.
         self.early = False
         self.settling = False
+        # Intervals of which results were dropped, since there were too many outside of steps.
+        self._dropped: set[int] = set()
 
     # ------------------------------------------------------------------ training threads
 
@@ -180,11 +189,29 @@ class Fabric:
             op.settles, op.early = self.settling, self.early
             known = group.add(op, self.interval if interval is None else interval)
             self._progress["issued"] += 1
+            if not self.host.in_step and op.seq % _LOOK_EVERY == _LOOK_EVERY - 1:
+                self._bound(group, op.interval)
             if not known and not self._broken and group.inner is not None:
                 self._issue(group, op)
         if known:
             self._finish(group, op)
         self.host.after_submit()
+
+    def _bound(self, group: GroupLog, interval: int) -> None:
+        """Keep what operations outside of steps leave behind within bounds. The lock is held."""
+        if not group.drop_if_too_many(interval, self.pool):
+            return
+        self._dropped = {old for old in self._dropped if old <= SETUP or old >= self.commits - 1}
+        self._dropped.add(interval)
+        self._notify(
+            Note(
+                key="outside",
+                level="warning",
+                text="so many collectives outside of steps that their results are no longer kept:"
+                " were a rank lost before the next commit, all would resume from the last"
+                " checkpoint. In functions under @run.step they are kept a step at a time",
+            )
+        )
 
     def knows(self, interval: int) -> bool:
         """Tell whether results for `interval` of the world are here, waiting to be asked for."""
@@ -208,7 +235,7 @@ class Fabric:
 
     def num_issued(self) -> int:
         """Return how many world operations this interval has issued."""
-        return len(self.world.ops.get(self.interval, ()))
+        return self.world.num_issued(self.interval)
 
     def commit(self) -> None:
         """Close the interval. The caller holds the update gate."""
@@ -466,6 +493,7 @@ class Fabric:
                 },
                 shards=[] if fresh else host.shards,
                 shadows=host.shadow_commits() if fresh else [],
+                dropped=bool(self._dropped & intervals),
             )
 
     def _move_state(self, plan: Plan, inner: InnerGroup, host: Host) -> tuple[str, int]:

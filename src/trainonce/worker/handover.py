@@ -94,6 +94,11 @@ class Handover:
 
     # ------------------------------------------------------------------ operations
 
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is under way."""
+        return self._runner.executing
+
     def emulate(self, kind: str, tensors: list[torch.Tensor]) -> bool:
         """Tell whether to answer a collective locally.
 

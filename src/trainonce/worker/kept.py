@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # How many recorded values a loop of the user's own keeps, and how many results of collectives.
 _MOST = 16
-_MOST_RESULTS = 64
+MOST_RESULTS = 64
 _LENGTH = struct.Struct("<Q")
 
 
@@ -42,7 +42,7 @@ class KeptValues:
         self._values[position] = (True, value)
         live = [each for each in self._values if is_live(each)]
         values = [each for each in live if each[-1] >= 0][-_MOST:]
-        results = [each for each in live if each[-1] < 0][-_MOST_RESULTS:]
+        results = [each for each in live if each[-1] < 0][-MOST_RESULTS:]
         kept = {*values, *results}
         if len(kept) < len(self._values):
             self._values = {at: value for at, value in self._values.items() if at in kept}

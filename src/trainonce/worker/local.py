@@ -7,13 +7,14 @@ others commit, and again at the commit, then with what the step returned.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import EncodingError
 from trainonce.wire import encoding
 from trainonce.wire.messages import Mirror as MirrorMessage
 from trainonce.wire.messages import Note
-from trainonce.worker.kept import KeptValues, join, split
+from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
 from trainonce.worker.mirror import Mirror
 from trainonce.worker.oplog import OpState
 from trainonce.worker.state import assign_tree
@@ -73,7 +74,7 @@ class LocalState:
         self._loops = loops
         self._notify = notify
         self._head: tuple[dict[str, Any], bytes] | None = None
-        self._collectives: list[tuple[Position, Op]] = []
+        self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
         self.variables = Variables()
         self._variables = b""
 
@@ -118,7 +119,8 @@ class LocalState:
 
     def _keep_results(self, latest: Position | None) -> None:
         """Keep what collectives since the last commit gave; `latest` is the one to come."""
-        noted, self._collectives = self._collectives, []
+        noted = list(self._collectives)
+        self._collectives.clear()
         for position, op in noted:
             if op.state is not OpState.DONE:
                 self._collectives.append((position, op))

@@ -8,6 +8,7 @@ they complete.
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ SETUP = -1
 # Operations of set-up that a newcomer answers by itself, such as those of DDP's constructor.
 # A death during set-up restarts it, so nobody ever asks for their results.
 UNSHARED = -2
+# What operations outside of steps may keep in one interval: a loop of them, an evaluation say,
+# would otherwise take memory without end. Set-up may hold large tensors for the life of the job.
+MOST_OUTSIDE = 1 << 16
+MOST_OUTSIDE_BYTES = 1 << 30
 
 
 def bucket_order_interval(ordinal: int) -> int:
@@ -156,6 +161,7 @@ class GroupLog:
         self.spans_world = spans_world
         self.inner: InnerGroup | None = None
         self.ops: dict[int, dict[int, Op]] = {}
+        self._issued: dict[int, int] = {}
         self._replay: dict[tuple[int, int], tuple[str, list[torch.Tensor]]] = {}
         self._turns = 0
         # Operations with a result, to be issued again for those who have none.
@@ -171,7 +177,8 @@ class GroupLog:
             CollectiveError: Another operation has that place on the other ranks.
         """
         ops = self.ops.setdefault(interval, {})
-        op.interval, op.seq, op.turn = interval, len(ops), self._turns
+        op.interval, op.seq, op.turn = interval, self.num_issued(interval), self._turns
+        self._issued[interval] = op.seq + 1
         self._turns += 1
         ops[op.seq] = op
         known = self._replay.pop((interval, op.seq), None)
@@ -186,6 +193,10 @@ class GroupLog:
             )
         op.state = OpState.DELIVERING
         return True
+
+    def num_issued(self, interval: int) -> int:
+        """Return how many operations `interval` has issued, kept or not."""
+        return self._issued.get(interval, 0)
 
     def keep(self, interval: int, seq: int, signature: str, result: list[torch.Tensor]) -> None:
         """Remember a result for an operation that this rank has not issued yet."""
@@ -229,6 +240,7 @@ class GroupLog:
     def release_before(self, interval: int, pool: BufferPool) -> None:
         """Free the results of committed intervals that no rank can ask for any more."""
         for old in [key for key in self.ops if SETUP < key < interval]:
+            del self._issued[old]
             for op in self.ops.pop(old).values():
                 _give_back(op, pool)
         for name in [name for name in self._replay if SETUP < name[0] < interval]:
@@ -239,6 +251,19 @@ class GroupLog:
         ops = self.ops.get(interval, {})
         for seq in [seq for seq, op in ops.items() if op.early]:
             _give_back(ops.pop(seq), pool)
+
+    def drop_if_too_many(self, interval: int, pool: BufferPool) -> bool:
+        """Free the older half of `interval` where it is more than may be kept outside of steps."""
+        ops = self.ops[interval]
+        if len(ops) <= MOST_OUTSIDE and (
+            interval <= SETUP
+            or sum(each.nbytes for op in ops.values() for each in op.buffers) <= MOST_OUTSIDE_BYTES
+        ):
+            return False
+        for seq in list(itertools.islice(ops, len(ops) // 2)):
+            if ops[seq].state is OpState.DONE:
+                _give_back(ops.pop(seq), pool)
+        return True
 
     def describe(self, intervals: set[int]) -> list[tuple[int, int, str, int]]:
         """Return (interval, sequence number, signature, what can be given) of its operations."""

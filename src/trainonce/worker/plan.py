@@ -30,6 +30,8 @@ class RankReport:
             and in newcomers.
         shadows: Of a newcomer: numbers of committed steps of which its predecessor left a whole
             shadow.
+        dropped: Results that a newcomer would ask for are no longer kept anywhere: there were too
+            many operations outside of steps.
     """
 
     fresh: bool
@@ -40,6 +42,7 @@ class RankReport:
     ops: dict[OpName, tuple[str, int]] = field(default_factory=lambda: {})
     shards: list[str] = field(default_factory=lambda: [])
     shadows: list[int] = field(default_factory=lambda: [])
+    dropped: bool = False
 
     def to_record(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -52,6 +55,7 @@ class RankReport:
             "ops": [[*name, *value] for name, value in self.ops.items()],
             "shards": self.shards,
             "shadows": self.shadows,
+            "dropped": self.dropped,
         }
 
     @classmethod
@@ -70,6 +74,7 @@ class RankReport:
             ops=ops,
             shards=record["shards"],
             shadows=record["shadows"],
+            dropped=record["dropped"],
         )
 
 
@@ -144,6 +149,11 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
         raise RecoveryError(
             f"ranks {behind} are more than one step behind step {commits}",
             hint="collectives inside a step must be issued by every rank",
+        )
+    if len(survivors) < len(reports) and any(report.dropped for report in reports):
+        raise RecoveryError(
+            "collectives outside of steps were too many for their results to be kept",
+            hint="evaluate in functions under @run.step",
         )
     shards = next((reports[r].shards for r in survivors if reports[r].shards), [])
     catch_up = _find_laggards(reports, commits, shards)

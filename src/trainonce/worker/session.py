@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from trainonce import settings
-from trainonce.errors import ConfigError, StateMismatchError
+from trainonce.errors import ConfigError, StateMismatchError, TrainOnceError
 from trainonce.events import LeverApplied
 from trainonce.wire.messages import Done, Failed, Note, Report
 from trainonce.wire.progress import Phase, Progress
@@ -567,6 +567,7 @@ class Run:
                 error_type=type(error).__qualname__,
                 error=getattr(error, "message", str(error))[:2000],
                 traceback="".join(traceback.format_exception(error))[-20000:],
+                misuse=isinstance(error, TrainOnceError) and isinstance(error, ValueError),
             )
         )
 

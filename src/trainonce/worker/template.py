@@ -37,6 +37,11 @@ def main() -> None:
         return
     gc.collect()
     gc.freeze()  # the collector would write to pages that are shared
+    serve(sock)
+
+
+def serve(sock: socket.socket) -> None:
+    """Say that all is imported, then fork workers until the launcher goes away."""
     _answer(sock, {"ready": True})
     while True:
         data, fds, _flags, _address = socket.recv_fds(sock, _REQUEST_BYTES, 4)

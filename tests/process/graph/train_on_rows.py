@@ -21,8 +21,8 @@ def prepare(num):
 
 
 LOG = os.environ["LOG"]
+x = once.compute(prepare(NUM))  # before `init`: who has joined a group waits for nobody
 run = once.init()
-x = once.compute(prepare(NUM))
 torch.manual_seed(0)
 backbone = nn.Sequential(nn.Linear(8, 32), nn.Tanh()).eval().requires_grad_(False)
 rows = once.features(backbone, TensorDataset(x, x.sum(1, keepdim=True).sin()), batch_size=64)

@@ -1,45 +1,15 @@
 """What a step returned may die with its process: the newcomer's script goes on all the same."""
 
+from pathlib import Path
+
 from trainonce.testing import run_job
 
-SCRIPT = """
-import sys
-import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
-import trainonce
-
-run = trainonce.init()
-torch.manual_seed(0)
-model = DDP(torch.nn.Linear(2, 2))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-data = torch.utils.data.TensorDataset(torch.randn(64, 2))
-loader = run.dataloader(data, batch_size=4)
-run.protect(model=model, optimizer=optimizer, loader=loader)
-
-@run.step
-def step(x):
-    loss = model(x).square().mean()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"loss": loss.detach(), "parts": (len(x), [1.0])}
-
-total = 0.0
-for (x,) in run.batches(loader, max_steps=6):
-    out = step(x)
-    size, parts = out["parts"]
-    if out["loss"] is trainonce.LOST:
-        assert size is parts is trainonce.LOST
-        print(f"LOST at {run.step_index}", flush=True)
-    total += size * out["loss"]
-"""
+SCRIPT = Path(__file__).parent / "scripts" / "returned.py"
 
 
 def test_a_value_lost_in_the_very_first_step_has_the_form_that_other_ranks_know(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
     chaos = "kill rank=1 step=0 point=updated; kill rank=0 step=3 point=updated"
-    result = run_job(script, spares=1, chaos=chaos, home=tmp_path / "home")
+    result = run_job(SCRIPT, spares=1, chaos=chaos, home=tmp_path)
     result.assert_completed()
     assert len(result.faults) == 2, result.explain()
     result.assert_nothing_lost()

@@ -31,7 +31,7 @@ def test_two_ranks_lost_at_once_are_rebuilt_from_the_third(shaken):
 def test_spares_that_die_before_and_during_their_promotion_are_replaced(shaken):
     result = shaken(
         "basic.py",
-        faults=["kill_spare step=3", "slow rank=1 step=4 point=forward for=10s",
+        faults=["kill_spare step=3", "slow rank=1 step=4 point=forward for=4s",
                 "kill rank=1 step=7 point=backward",
                 "kill rank=1 step=7 point=promotion", "kill rank=0 step=12 point=collective",
                 "kill rank=0 step=12 point=updated"],

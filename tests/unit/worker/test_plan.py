@@ -1,5 +1,6 @@
 """How a generation becomes consistent, from what each rank reports."""
 
+import dataclasses
 import json
 
 import pytest
@@ -41,6 +42,13 @@ def test_a_rank_one_step_behind_gets_results_and_no_state():
     plan = plan_recovery([behind, ahead, FRESH])
     assert (plan.commits, donations(plan)) == (6, [((1,), (2,))])
     assert [(t.name[1:], t.targets) for t in plan.results] == [((5, 1), (0,))]
+
+
+def test_results_that_were_dropped_leave_a_newcomer_nothing_to_go_on_from():
+    full = dataclasses.replace(report(5), dropped=True)
+    with pytest.raises(RecoveryError, match="too many for their results to be kept"):
+        plan_recovery([full, FRESH, report(5)])
+    assert plan_recovery([full, report(5), report(5)]).commits == 5  # nobody asks for them
 
 
 def test_results_complete_out_of_order_and_come_from_whoever_holds_them():

@@ -3,6 +3,7 @@
 import faulthandler
 
 import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 torch.set_num_threads(1)
 # Says where a job is stuck, well before its test gives up.
@@ -27,3 +28,22 @@ def batch(step, rank, samples=8):
 def loss_of(model, step, rank):
     x, y = batch(step, rank)
     return ((model(x) - y) ** 2).mean()
+
+
+def small_job(run, batch_size):
+    """Return a layer, its optimizer and a loader of 64 samples, all of them protected."""
+    torch.manual_seed(0)
+    model = DDP(torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 2))
+    loader = run.dataloader(data, batch_size=batch_size)
+    run.protect(model=model, optimizer=optimizer, loader=loader)
+    return model, optimizer, loader
+
+
+def descend(model, optimizer, x):
+    loss = model(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()

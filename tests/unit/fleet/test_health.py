@@ -344,6 +344,32 @@ def test_recording_plays_back_what_was_recorded(tmp_path: Path) -> None:
     assert list(played.read()) == list(scripted.read()) == []
 
 
+def test_recording_with_few_readings_moves_the_failing_device_and_no_other(tmp_path: Path) -> None:
+    # Half a minute apart, as a dcgm-exporter tells: a warm-up, one wrong reading, a steep rise.
+    series = {
+        "gpu0": [62, 62, 71, 77, 80, 83, 84, 85, 86, 86, 85, 86],
+        "gpu1": [70, 71, 70, 120, 71, 70, 70, 255, 0, 71, 70, 70],
+        "gpu2": [60, 60, 60, 60, 64, 69, 73, 77, 82, 86, 91, 95],
+    }
+    path = tmp_path / "signals.jsonl"
+    for i in range(12):
+        record(
+            [
+                Reading(mono_s=30.0 * i, host="gpu-1", device=device, temperature_c=told[i],
+                        slowdown_c=87.0, shutdown_c=92.0)
+                for device, told in series.items()
+            ],
+            path,
+        )  # fmt: skip
+    played, watch = RecordedSource(path), HealthWatch()
+    asked: dict[str, float] = {}
+    while batch := played.read():
+        for (_, device), verdict in watch.observe(batch).items():
+            if verdict.action is Action.MIGRATE:
+                asked.setdefault(device, batch[0].mono_s)
+    assert asked == {"gpu2": 300.0}, "at 91 degrees, one reading before shutdown"
+
+
 def test_numbers_that_are_none_are_not_known() -> None:
     reading = from_record(
         {"mono_s": 1.0, "host": "a", "temperature_c": float("nan"), "row_remap_failed": -1,

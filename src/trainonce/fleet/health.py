@@ -214,7 +214,9 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     if shutdown_c is None:
         return found
     soon = least_next(times, degrees)
-    if soon and soon[0] >= slowdown_c and soon[1] >= shutdown_c - _ROUNDING_C:
+    # What still answers is below its shutdown: two wrong readings in a row are no rise.
+    lives = soon is not None and max(soon[0], degrees[-1]) < shutdown_c + _ROUNDING_C
+    if soon and lives and soon[0] >= slowdown_c and soon[1] >= shutdown_c - _ROUNDING_C:
         reason = f"{soon[0]:.0f} °C, and {soon[1]:.0f} °C at the next reading"
         found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
         return found

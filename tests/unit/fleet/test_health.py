@@ -197,6 +197,8 @@ def test_one_wrong_reading_and_one_that_has_ended_are_no_steep_rise() -> None:
     assert hot([75.0, 81.0, 87.0, 87.0, 87.0], 5).action is not Action.MIGRATE, "it has ended"
     assert hot([81.0, 81.0, 120.0], 3).action is not Action.MIGRATE
     assert hot([60.0, 120.0, 84.0], 3).action is not Action.MIGRATE
+    for wrong in ([72.0, 120.0, 255.0], [0.0, 44.0, 120.0], [0.0, 72.0, 255.0], [0.0, 42.0, 84.0]):
+        assert hot(wrong, 3).action is not Action.MIGRATE, "two in a row"
     assert hot([60.0, 75.0, 81.0], 3).action is not Action.MIGRATE, "work may do that"
 
 

@@ -12,6 +12,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,6 +108,8 @@ _KERNEL_FAULTS = {
 _WARM_UP_C_PER_MIN = 8.0
 # What is carried forward by whole degrees may fall short by one.
 _ROUNDING_C = 1.0
+# Of a device's readings, so many of the usual intervals tell how soon to read again.
+_LOOKED_AT = 4
 # A rate needs some time to be one.
 _MIN_RATE_S = 60.0
 # Of one device, whatever it sends: ten minutes of three readings a second.
@@ -252,6 +255,10 @@ def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findin
     return found
 
 
+def _since(history: Sequence[Reading], begin_s: float) -> list[Reading]:
+    return list(takewhile(lambda reading: reading.mono_s >= begin_s, reversed(history)))[::-1]
+
+
 def _latest(recent: Sequence[Reading], name: str) -> Any:
     """Return the last value that is known: several sources may read one device in turn."""
     values = (getattr(reading, name) for reading in reversed(recent))
@@ -263,7 +270,8 @@ def _gained(recent: Sequence[Reading], name: str) -> tuple[float, float]:
 
     A total that falls was reset (a new driver, a reboot): what it shows then has been gained since.
     """
-    known = [(r.mono_s, getattr(r, name)) for r in recent if getattr(r, name) is not None]
+    told = [(r.mono_s, getattr(r, name)) for r in recent]
+    known = [(when_s, total) for when_s, total in told if total is not None]
     gained = 0.0
     for (_, before), (_, after) in zip(known, known[1:], strict=False):
         gained += after - before if after >= before else after
@@ -316,12 +324,14 @@ class HealthWatch:
         Sooner where a temperature rises towards a limit of its device, so that a steep rise is seen
         in time.
         """
-        newest_s = max((history[-1].mono_s for history in self._history.values()), default=0.0)
+        newest_s: dict[str, float] = {}
+        for (host, _), history in self._history.items():
+            newest_s[host] = max(newest_s.get(host, 0.0), history[-1].mono_s)
         soonest_s = every_s
-        for history in self._history.values():
-            recent = list(history)
+        for (host, _), history in self._history.items():
+            recent = _since(history, newest_s[host] - _LOOKED_AT * every_s)
             times, degrees = _temperatures(recent)
-            if not len(times) or times[-1] < newest_s - every_s:
+            if not len(times) or times[-1] < newest_s[host] - every_s:
                 continue  # it has fallen silent
             limits = [_latest(recent, name) for name in ("slowdown_c", "shutdown_c")]
             for limit_c in limits:

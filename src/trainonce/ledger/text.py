@@ -280,7 +280,7 @@ def _totals(title: str, totals: Totals) -> list[str]:
         if totals.cost_usd is not None
         else f"  money: {_NO_PRICE}"
     )
-    if totals.it_kwh is not None:
+    if totals.facility_kwh is not None:
         carbon = "" if totals.co2_kg is None else f", {quantity(totals.co2_kg)} kg CO2e"
         kind = "estimated, at least in part" if totals.energy_is_estimate else "measured"
         rest = (

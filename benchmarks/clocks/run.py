@@ -99,6 +99,10 @@ def network_effect(num_hosts: int, neighbours: int, uneven_share: float, seed: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--first-seed", type=int, default=0,
+        help="above 0: add the runs to the results of the same day and commit",
+    )  # fmt: skip
     parser.add_argument("--duration", type=float, default=12.0)
     args = parser.parse_args()
     head = ["git", "rev-parse", "--short", "HEAD"]
@@ -111,7 +115,7 @@ def main() -> None:
     reason = why_not()
     for load in () if reason else LOADS:
         for options in ((), ("--user-stamps",)):
-            for seed in range(args.repeats):
+            for seed in range(args.first_seed, args.first_seed + args.repeats):
                 runs.append(one_run(load, seed, args.duration, *options))
                 print(json.dumps(runs[-1]), flush=True)
     record = {
@@ -125,7 +129,10 @@ def main() -> None:
         "network_effect": effect,
     }  # fmt: skip
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    path = HERE / "results" / f"{name}.json"
+    if args.first_seed and runs:
+        runs[:0] = json.loads(path.read_text())["namespaces"]
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

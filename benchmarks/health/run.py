@@ -1,19 +1,20 @@
 """How early the policy asks for a move, and how often for nothing, against plain thresholds.
 
-    python benchmarks/health/run.py [--devices 100] [--faults 40]
+    python benchmarks/health/run.py [--devices 64] [--faults 40] [--every 10,30]
 
 writes `results/<date>_<hardware>_<commit>.json`. Signals are simulated (see `Device`): days of
-healthy devices with everything that only looks alarming, and hours in which a fault develops.
+healthy devices with everything that only looks alarming, and hours in which a fault develops. Ours
+reads more often while a temperature rises; "fixed" is the same policy over a source that cannot.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from itertools import repeat
@@ -29,13 +30,12 @@ from trainonce.fleet.signals import Reading
 from trainonce.fleet.sources.choose import open_sources
 
 HERE = Path(__file__).parent
-EVERY_S = 10.0
 DAY_S, HOUR_S = 86_400, 3600
 SLOWDOWN_C, SHUTDOWN_C = 87.0, 92.0
 FAULT_AT_S = 1800
 # Kind -> what happens from half an hour on; see `Device.read`.
-FAULTS = ("cooling lost", "cooling degrades", "row remap fails", "NVLink degrades", "XID 79",
-          "no sign")  # fmt: skip
+FAULTS = ("cooling gone at once", "cooling lost", "cooling degrades", "row remap fails",
+          "NVLink degrades", "XID 79", "no sign")  # fmt: skip
 
 
 class Device:
@@ -49,37 +49,42 @@ class Device:
         turns = np.sort(rng.uniform(0, length_s, max(1, length_s // 7200)))
         self.turns = turns if not fault else np.array([])
         self.phase = rng.uniform(0, 2 * np.pi)
-        self.now_c = self.load_c
+        self.now_c, self.read_s = self.load_c, 0.0
         self.nvlink = self.pcie = self.corrected = 0
         self.rate_c_per_min = {
-            "cooling lost": rng.uniform(2, 6), "cooling degrades": rng.uniform(0.5, 1.5),
+            "cooling gone at once": rng.uniform(8, 30), "cooling lost": rng.uniform(2, 6),
+            "cooling degrades": rng.uniform(0.5, 1.5),
         }.get(fault, 0.0)  # fmt: skip
         self.died_s: float | None = None
 
     def read(self, now_s: float) -> Reading:
         rng = self.rng
-        busy = np.searchsorted(self.turns, now_s) % 2 == 0
-        ambient = 3 * np.sin(2 * np.pi * now_s / DAY_S + self.phase)
-        target = (self.load_c if busy else self.idle_c) + ambient
+        passed_s, self.read_s = now_s - self.read_s, now_s
+        # What happens between two readings counts where a device may die of it.
+        steps = max(1, round(passed_s)) if self.rate_c_per_min else 1
+        for step in range(steps - 1, -1, -1):
+            self._warm(now_s - step * passed_s / steps, passed_s / steps)
         since_s = max(0.0, now_s - FAULT_AT_S) if self.fault else 0.0
-        target += self.rate_c_per_min * since_s / 60
-        self.now_c += (target - self.now_c) * (1 - np.exp(-EVERY_S / self.tau_s))
         shown: float | None = round(self.now_c + 0.7 * rng.standard_normal())
         odd = rng.random()
         if odd < 1e-3:
             shown = None
         elif odd < 1.2e-3:
             shown = float(rng.choice([0.0, 120.0, 255.0]))
-        self.pcie += rng.poisson(10 * EVERY_S / DAY_S)
-        self.corrected += rng.poisson(5 * EVERY_S / DAY_S)
+        self.pcie += rng.poisson(10 * passed_s / DAY_S)
+        self.corrected += rng.poisson(5 * passed_s / DAY_S)
         errors_per_h = 20 / 24
         if self.fault == "NVLink degrades" and since_s:
             errors_per_h = 600
-        self.nvlink += rng.poisson(errors_per_h * EVERY_S / HOUR_S)
-        xids = tuple(rng.choice([13, 31, 43], rng.poisson(EVERY_S / DAY_S)).tolist())
+        self.nvlink += rng.poisson(errors_per_h * passed_s / HOUR_S)
+        xids = tuple(rng.choice([13, 31, 43], rng.poisson(passed_s / DAY_S)).tolist())
         if self.fault == "XID 79" and since_s and self.died_s is None:
             xids = (*xids, 79)
-        self._die(now_s, since_s)
+        gone = {
+            "row remap fails": since_s >= 600, "XID 79": since_s > 0, "no sign": since_s > 0,
+        }.get(self.fault, False)  # fmt: skip
+        if gone and self.died_s is None:
+            self.died_s = now_s
         return Reading(
             mono_s=now_s, host="h", device="gpu0", temperature_c=shown, slowdown_c=SLOWDOWN_C,
             shutdown_c=SHUTDOWN_C, throttled_thermal_s=0.0, throttled_brake_s=0.0,
@@ -89,64 +94,98 @@ class Device:
             nvlink_errors_total=self.nvlink, pcie_replays_total=self.pcie, xids=xids,
         )  # fmt: skip
 
-    def _die(self, now_s: float, since_s: float) -> None:
-        gone = {
-            "row remap fails": since_s >= 600, "XID 79": since_s > 0, "no sign": since_s > 0,
-        }.get(self.fault, self.now_c >= SHUTDOWN_C)  # fmt: skip
-        if gone and self.died_s is None:
+    def _warm(self, now_s: float, passed_s: float) -> None:
+        busy = np.searchsorted(self.turns, now_s) % 2 == 0
+        ambient = 3 * np.sin(2 * np.pi * now_s / DAY_S + self.phase)
+        target = (self.load_c if busy else self.idle_c) + ambient
+        target += self.rate_c_per_min * max(0.0, now_s - FAULT_AT_S) / 60
+        self.now_c += (target - self.now_c) * (1 - np.exp(-passed_s / self.tau_s))
+        if self.now_c >= SHUTDOWN_C and self.died_s is None:
             self.died_s = now_s
 
 
-def ours() -> Callable[[Reading], Action]:
-    watch = HealthWatch()
-    return lambda reading: watch.observe([reading])["h", "gpu0"].action
+class Ours:
+    """The policy over a source that is read as often as it asks for."""
+
+    def __init__(self) -> None:
+        self.watch = HealthWatch()
+
+    def look(self, reading: Reading) -> Action:
+        return self.watch.observe([reading])["h", "gpu0"].action
+
+    def next_s(self, every_s: float) -> float:
+        return self.watch.next_look_s(every_s)
 
 
-def thresholds() -> Callable[[Reading], Action]:
+class OursFixed(Ours):
+    """The same where readings come when they come: an exporter, a file."""
+
+    def next_s(self, every_s: float) -> float:
+        return every_s
+
+
+class Thresholds:
     """The baseline: alert rules of a kind often written; what fires would move the rank."""
-    first: list[Reading] = []
 
-    def look(reading: Reading) -> Action:
-        first.append(reading)
+    def __init__(self) -> None:
+        self.first: Reading | None = None
+
+    def look(self, reading: Reading) -> Action:
+        self.first = self.first or reading
         hot = reading.temperature_c is not None and reading.temperature_c >= SLOWDOWN_C - 2
         if hot or reading.xids or reading.row_remap_failed:
             return Action.MIGRATE
         assert reading.nvlink_errors_total is not None
-        assert first[0].nvlink_errors_total is not None
-        grown = reading.nvlink_errors_total > first[0].nvlink_errors_total
+        assert self.first.nvlink_errors_total is not None
+        grown = reading.nvlink_errors_total > self.first.nvlink_errors_total
         return Action.SUSPECT if grown else Action.NONE
 
-    return look
+    def next_s(self, every_s: float) -> float:
+        return every_s
 
 
-def walk(seed: int, fault: str, length_s: int, make: Callable[[], Any]) -> dict[str, Any]:
+METHODS: dict[str, type[Ours | Thresholds]] = {
+    "trainonce": Ours, "trainonce, fixed": OursFixed, "thresholds": Thresholds,
+}  # fmt: skip
+
+
+def walk(seed: int, fault: str, length_s: int, method: str, every_s: float) -> dict[str, Any]:
     """Return when the method first asked for what, and how often it began to."""
-    device, look = Device(np.random.default_rng(seed), fault, length_s), make()
+    device, judge_it = Device(np.random.default_rng(seed), fault, length_s), METHODS[method]()
     before, first, begun = Action.NONE, dict[str, float](), {"MIGRATE": 0, "SUSPECT": 0}
-    for tick in range(int(length_s / EVERY_S)):
-        now_s = tick * EVERY_S
-        action = look(device.read(now_s))
+    now_s, readings = 0.0, 0
+    while now_s < length_s:
+        reading = device.read(now_s)
+        if device.died_s is not None and device.died_s < now_s:
+            break  # nobody can be read any more
+        action = judge_it.look(reading)
+        readings += 1
         if action is not before and action >= Action.SUSPECT:
             begun[action.name] += 1
             first.setdefault(action.name, now_s)
         before = action
         if device.died_s is not None:
             break
-    return {"first_s": first, "begun": begun, "died_s": device.died_s}
+        now_s += judge_it.next_s(every_s)
+    return {"first_s": first, "begun": begun, "died_s": device.died_s, "readings": readings}
 
 
-def walks(seeds: range, fault: str, length_s: int, make: Callable[[], Any]) -> list[dict[str, Any]]:
+def walks(
+    seeds: range, fault: str, length_s: int, method: str, every_s: float
+) -> list[dict[str, Any]]:
     with ProcessPoolExecutor() as pool:
-        return list(pool.map(walk, seeds, repeat(fault), repeat(length_s), repeat(make)))
+        return list(
+            pool.map(walk, seeds, repeat(fault), repeat(length_s), repeat(method), repeat(every_s))
+        )
 
 
-def fault_row(fault: str, method: str, make: Callable[[], Any], seeds: int) -> dict[str, Any]:
-    runs = walks(range(seeds), fault, 3 * HOUR_S, make)
+def fault_row(fault: str, method: str, every_s: float, seeds: int) -> dict[str, Any]:
+    runs = walks(range(seeds), fault, 3 * HOUR_S, method, every_s)
     early = [run for run in runs if run["first_s"].get("MIGRATE", -1) >= 0]
     right = [run for run in early if run["first_s"]["MIGRATE"] >= FAULT_AT_S]
     leads = [run["died_s"] - run["first_s"]["MIGRATE"] for run in right if run["died_s"]]
     return {
-        "fault": fault, "method": method, "of": seeds, "migrate": len(right),
+        "fault": fault, "method": method, "every_s": every_s, "of": seeds, "migrate": len(right),
         "before_the_fault": len(early) - len(right),
         "suspect": sum(run["first_s"].get("SUSPECT", -1) >= FAULT_AT_S for run in runs),
         "ahead_of_death": sum(lead > 0 for lead in leads),
@@ -164,7 +203,7 @@ def cost() -> dict[str, Any]:
         reads.append(1000 * (time.perf_counter() - begun))
     opened.close()
     device = Device(np.random.default_rng(0), "", HOUR_S)
-    history = [device.read(i * EVERY_S) for i in range(60)]
+    history = [device.read(10.0 * i) for i in range(60)]
     for _ in range(200):
         begun = time.perf_counter()
         judge(history)
@@ -178,26 +217,28 @@ def cost() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--devices", type=int, default=100, help="healthy devices, a day each")
+    parser.add_argument("--devices", type=int, default=64, help="healthy devices, a day each")
     parser.add_argument("--faults", type=int, default=40, help="of each kind")
+    parser.add_argument("--every", default="10,30", help="seconds between readings")
     args = parser.parse_args()
+    intervals_s = [float(each) for each in args.every.split(",")]
     head = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    methods = {"trainonce": ours, "thresholds": thresholds}
     healthy, faults = [], []
-    for name, make in methods.items():
-        runs = walks(range(10_000, 10_000 + args.devices), "", DAY_S, make)
+    for every_s, method in itertools.product(intervals_s, METHODS):
+        runs = walks(range(10_000, 10_000 + args.devices), "", DAY_S, method, every_s)
         healthy.append(
-            {"method": name, "device_days": args.devices,
+            {"method": method, "every_s": every_s, "device_days": args.devices,
              "false_migrates": sum(run["begun"]["MIGRATE"] for run in runs),
-             "false_suspects": sum(run["begun"]["SUSPECT"] for run in runs)}
+             "false_suspects": sum(run["begun"]["SUSPECT"] for run in runs),
+             "readings": sum(run["readings"] for run in runs)}
         )  # fmt: skip
         print(healthy[-1], flush=True)
         for fault in FAULTS:
-            faults.append(fault_row(fault, name, make, args.faults))
+            faults.append(fault_row(fault, method, every_s, args.faults))
             print({k: v for k, v in faults[-1].items() if k != "leads_s"}, flush=True)
     record = {
-        "configuration": {"devices": args.devices, "faults": args.faults, "every_s": EVERY_S},
+        "configuration": {"devices": args.devices, "faults": args.faults, "every_s": intervals_s},
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "healthy": healthy, "faults": faults, "cost": cost(),
     }  # fmt: skip

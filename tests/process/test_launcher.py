@@ -314,6 +314,42 @@ def test_ps_and_migrate_reach_the_running_job(launch):
     assert "no job" in gone.stderr
 
 
+def test_drain_empties_a_place_and_says_why_it_cannot_empty_the_host(launch):
+    job = launch("--nproc-per-node", "2", "--spares", "1")
+    zero, one = job.ranks(2)
+    spare = job.spare()
+    zero.commit(7)
+    host = socket.gethostname()
+
+    def drain(where, *options):
+        done = job.command("drain", where, "--job", job.job, *options)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = drain(host)
+    assert (code, "no other host to move to" in said, "--checkpoint" in said) == (1, True, True)
+    code, said = drain("moon")
+    assert (code, f"they run on {host}" in said) == (1, True)
+    code, said = drain(host, "--device", "gpu77")
+    assert (code, "they are on slot0, slot1" in said) == (0, True)
+    with subprocess.Popen(
+        [sys.executable, LAUNCHER, "drain", host, "--device", "slot1", "--job", job.job],
+        env=job.env, stdout=subprocess.PIPE, text=True,
+    ) as leaving:  # fmt: skip
+        one.hear("Drain")
+        one.send("Drained", step=7)
+        one.hear("Exit")
+        assert spare.hear("Generation")["mirror"] == "local state of rank 1"
+        for worker in (zero, spare):
+            worker.send("Formed", generation=2, step=7)
+        assert "slot 1 is lost" in job.command("ps", job.job).stdout
+        zero.commit(8)
+        said = leaving.communicate()[0]
+    assert (leaving.returncode, said) == (0, f"1 of 1 ranks moved away from slot1 of {host}\n")
+    code, said = drain(host, "--device", "slot1", "--undo")
+    assert (code, "may use slot1" in said) == (0, True)
+    assert finish(job, (zero, spare), 8)[0] == 0
+
+
 def test_a_budget_that_is_used_up_reaches_the_webhook(launch):
     with socket.create_server(("127.0.0.1", 0)) as hook:
         url = f"http://127.0.0.1:{hook.getsockname()[1]}/"

@@ -7,6 +7,7 @@ import pytest
 
 from trainonce.clock import FakeClock
 from trainonce.ledger.carbon import G_PER_KWH, carbon_g_per_kwh
+from trainonce.ledger.economics import Energy
 from trainonce.ledger.energy import EnergyLog, NvmlMeter, RaplMeter, TdpMeter, open_meter
 from trainonce.ledger.prices import EconomicsSettings, Prices
 from trainonce.ledger.report import build
@@ -119,3 +120,11 @@ def test_carbon_intensities_are_those_of_the_published_table() -> None:
     assert carbon_g_per_kwh("fra") == G_PER_KWH["FRA"]
     assert len(G_PER_KWH) == 212
     assert all(20 <= value < 1500 for value in G_PER_KWH.values())
+
+
+def test_large_amounts_have_no_exponent() -> None:
+    large = energy_words(
+        Energy(it_kwh=1014.65, facility_kwh=98_765.4, co2_kg=1234.5, source="nvml")
+    )
+    assert "1,015 kWh, 98,765 kWh with" in large
+    assert "1,234 kg CO2e" in large

@@ -1,4 +1,4 @@
-"""`trainonce drain`: empty a host, or one device of it, while the jobs on it train."""
+"""`trainonce drain`: empty a device while the jobs on it train, or a host by a checkpoint."""
 
 from __future__ import annotations
 

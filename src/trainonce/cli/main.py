@@ -17,7 +17,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("trainonce.cli.run", "train with hot spares; takes torchrun's options"),
     "ps": ("trainonce.cli.ps", "list the running jobs"),
     "migrate": ("trainonce.cli.migrate", "move a rank to a spare while the job trains"),
-    "drain": ("trainonce.cli.drain", "empty a host or a device while the jobs on it train"),
+    "drain": (
+        "trainonce.cli.drain",
+        "empty a device while jobs train on it; a host by a checkpoint",
+    ),
     "report": ("trainonce.cli.report", "incidents, guarantee, time, money and energy of jobs"),
     "fleet": ("trainonce.cli.fleet", "health, links and clocks of hosts; an agent and a collector"),
     "bench": ("trainonce.cli.bench", "what levers save at equal quality, measured here"),
@@ -26,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
         if error.hint:
             print(f"\nhint: {error.hint}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left early (`trainonce report | head`): that is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
                 "--find-spares needs a policy that holds idle spares",
                 hint="these borrow theirs: " + ", ".join(p.name for p in policies),
             )
+        study.check_size(study.expected_search_events(scenario, idle, args.seeds))
         studies = [study.find_spares(scenario, policy, seeds, progress) for policy in idle]
         progress.done()
         records: list[dict[str, Any]] = [each.to_record() for each in studies]

@@ -59,7 +59,9 @@ class Drain:
             return
         job.slots.closed[self._key] = self._is_there
         if not ranks:
-            answer(True, f"no rank of job {job.id} is on {place}")
+            # A device that nobody knows is told like an empty one: where the ranks are shows which.
+            taken = ", ".join(sorted({self._name(handle.place) for handle in job.ranked()}))
+            answer(True, f"no rank of job {job.id} is on {place}: they are on {taken}")
             return
         self._open = len(ranks)
         for rank in ranks:
@@ -83,12 +85,17 @@ class Drain:
     def _elsewhere(self) -> bool:
         return any(handle.host != self._host for handle in self._job.workers.values())
 
+    def _device_of(self, place: Place) -> str:
+        health = self._supervisor.health
+        return health.device_of(place) if health is not None else ""
+
+    def _name(self, place: Place) -> str:
+        return self._device_of(place) or names_of(place)[0]
+
     def _is_there(self, place: Place) -> bool:
         if place.host != self._host:
             return False
-        health = self._supervisor.health
-        device = health.device_of(place) if health is not None else ""
-        return not self._device or self._device in (device, *names_of(place))
+        return not self._device or self._device in (self._device_of(place), *names_of(place))
 
     def _move(self, rank: int, place: str, answer: Callable[[bool, str], None], total: int) -> None:
         def moved(ok: bool, text: str) -> None:

@@ -84,7 +84,7 @@ class Feed:
 
     Args:
         open_them: Opens the sources; called on the feed's thread, since that may take its time.
-        every_s: Time between two readings.
+        every_s: Time between two readings; less while a temperature rises towards its limit.
     """
 
     def __init__(self, open_them: Callable[[], Sources], every_s: float) -> None:
@@ -142,7 +142,7 @@ class Feed:
                     for one in readings
                     if one.utilisation is not None
                 }
-            self._stop.wait(self._every_s)
+            self._stop.wait(watch.next_look_s(self._every_s))
         opened.close()
 
 

@@ -12,15 +12,18 @@ import math
 from collections import deque
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainonce.errors import ConfigError
-from trainonce.fleet.heat import find_rise
+from trainonce.fleet.heat import find_rise, least_next, next_look_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from trainonce.fleet.signals import Reading
 
@@ -103,6 +106,10 @@ _KERNEL_FAULTS = {
 }
 # So fast a device warms up with work, too, and to anywhere below slowdown.
 _WARM_UP_C_PER_MIN = 8.0
+# What is carried forward by whole degrees may fall short by one.
+_ROUNDING_C = 1.0
+# Of a device's readings, so many of the usual intervals tell how soon to read again.
+_LOOKED_AT = 4
 # A rate needs some time to be one.
 _MIN_RATE_S = 60.0
 # Of one device, whatever it sends: ten minutes of three readings a second.
@@ -196,12 +203,10 @@ def _throttling(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findin
 
 def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
     """Too hot for a while, or rising steadily towards shutdown."""
-    told = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]
-    known = [(when_s, degrees) for when_s, degrees in told if math.isfinite(degrees)]
     slowdown_c, shutdown_c = _latest(recent, "slowdown_c"), _latest(recent, "shutdown_c")
-    if not known or slowdown_c is None:
+    times, degrees = _temperatures(recent)
+    if not len(times) or slowdown_c is None:
         return []
-    times, degrees = np.array(known, dtype=np.float64).T
     now_c = float(np.median(degrees[-3:]))  # one wrong reading is no heat
     lasting = degrees[times > times[-1] - limits.hot_s]
     hot = lasting.min() >= slowdown_c and times[-1] - times[0] >= limits.hot_s
@@ -209,7 +214,16 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     if hot:
         reason = f"{lasting.min():.0f} °C or more for {limits.hot_s:.0f} s"
         found.append((Action.SUSPECT, f"{reason}, slowdown at {slowdown_c:.0f} °C"))
-    if shutdown_c is None or now_c < slowdown_c - limits.ramp_near_c:
+    if shutdown_c is None:
+        return found
+    soon = least_next(times, degrees)
+    # What still answers is below its shutdown: two wrong readings in a row are no rise.
+    lives = soon is not None and max(soon[0], degrees[-1]) < shutdown_c + _ROUNDING_C
+    if soon and lives and soon[0] >= slowdown_c and soon[1] >= shutdown_c - _ROUNDING_C:
+        reason = f"{soon[0]:.0f} °C, and {soon[1]:.0f} °C at the next reading"
+        found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
+        return found
+    if now_c < slowdown_c - limits.ramp_near_c:
         return found
     rise = find_rise(times, degrees)
     per_min = rise.per_s() * 60 if rise else 0.0
@@ -219,6 +233,14 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
         reason = f"{now_c:.0f} °C and rising {per_min:.1f} °C a minute"
         found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
     return found
+
+
+def _temperatures(recent: Sequence[Reading]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return when temperatures were read, and which: [readings] each."""
+    told = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]
+    known = [(when_s, degrees) for when_s, degrees in told if math.isfinite(degrees)]
+    times, degrees = np.array(known, dtype=np.float64).reshape(-1, 2).T
+    return times, degrees
 
 
 def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
@@ -233,6 +255,10 @@ def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findin
     return found
 
 
+def _since(history: Sequence[Reading], begin_s: float) -> list[Reading]:
+    return list(takewhile(lambda reading: reading.mono_s >= begin_s, reversed(history)))[::-1]
+
+
 def _latest(recent: Sequence[Reading], name: str) -> Any:
     """Return the last value that is known: several sources may read one device in turn."""
     values = (getattr(reading, name) for reading in reversed(recent))
@@ -244,7 +270,8 @@ def _gained(recent: Sequence[Reading], name: str) -> tuple[float, float]:
 
     A total that falls was reset (a new driver, a reboot): what it shows then has been gained since.
     """
-    known = [(r.mono_s, getattr(r, name)) for r in recent if getattr(r, name) is not None]
+    told = [(r.mono_s, getattr(r, name)) for r in recent]
+    known = [(when_s, total) for when_s, total in told if total is not None]
     gained = 0.0
     for (_, before), (_, after) in zip(known, known[1:], strict=False):
         gained += after - before if after >= before else after
@@ -290,3 +317,24 @@ class HealthWatch:
                 history.popleft()
             verdicts[key] = judge(list(history), self._limits)
         return verdicts
+
+    def next_look_s(self, every_s: float) -> float:
+        """Return in how many seconds to read again, `every_s` at most.
+
+        Sooner where a temperature rises towards a limit of its device, so that a steep rise is seen
+        in time.
+        """
+        newest_s: dict[str, float] = {}
+        for (host, _), history in self._history.items():
+            newest_s[host] = max(newest_s.get(host, 0.0), history[-1].mono_s)
+        soonest_s = every_s
+        for (host, _), history in self._history.items():
+            recent = _since(history, newest_s[host] - _LOOKED_AT * every_s)
+            times, degrees = _temperatures(recent)
+            if not len(times) or times[-1] < newest_s[host] - every_s:
+                continue  # it has fallen silent
+            limits = [_latest(recent, name) for name in ("slowdown_c", "shutdown_c")]
+            for limit_c in limits:
+                if limit_c is not None and limit_c > degrees[-1]:
+                    soonest_s = min(soonest_s, next_look_s(times, degrees, limit_c, every_s))
+        return soonest_s

@@ -18,6 +18,9 @@ _MIN_RISE_C = 4.0
 _TAUS_S = (15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1e6)
 _ROUNDING_C = 0.4  # of a sensor that tells whole degrees
 _JUST_NOW_S = 60.0
+# A rise is read so often on its way to a limit, whatever its slope; at most once a second.
+_LOOKS = 8
+_SOONEST_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,42 @@ class Rise:
         plausible = max(_ROUNDING_C, 1.1 * min(off for off, _ in curves))
         just_now_c = float(self.degrees[-1]) + self.per_s(_JUST_NOW_S) * ahead_s
         return min(just_now_c, *(end_c for off, end_c in curves if off <= plausible))
+
+
+def next_look_s(
+    times: NDArray[np.float64], degrees: NDArray[np.float64], limit_c: float, every_s: float
+) -> float:
+    """Return in how many seconds to read again, `every_s` at most: the sooner, the steeper a rise.
+
+    Args:
+        times: Of the last readings, seconds: [readings].
+        degrees: What they showed: [readings].
+        limit_c: Where the rise must not arrive unseen.
+        every_s: Time between two readings where nothing rises.
+    """
+    late = times >= times[-1] - 2 * every_s
+    per_s = _line(times[late], degrees[late])[0]
+    below_c = limit_c - float(degrees[-1])
+    if per_s <= 0 or below_c <= 0:
+        return every_s
+    return max(min(_SOONEST_S, every_s), min(every_s, below_c / per_s / _LOOKS))
+
+
+def least_next(
+    times: NDArray[np.float64], degrees: NDArray[np.float64]
+) -> tuple[float, float] | None:
+    """Return the least temperature now and at the next reading, by the last three that differ.
+
+    For rises so steep, or readings so rare, that there are too few to fit a curve. The slower of
+    the last two steps is repeated, so that one wrong reading shows no rise, and a rise that comes
+    to rest is not carried beyond its rest: its steps shrink. None where nothing rises any more.
+    """
+    changed = np.flatnonzero(np.diff(degrees, prepend=np.nan) != 0)[-3:]
+    if len(changed) < 3 or times[-1] - times[changed[2]] > times[changed[2]] - times[changed[1]]:
+        return None
+    first, second, third = degrees[changed]
+    step = min(second - first, third - second)
+    return (float(first + 2 * step), float(first + 3 * step)) if step > 0 else None
 
 
 def find_rise(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> Rise | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainonce.ledger import plots
 from trainonce.ledger.text import energy_words, guarantee_lines, mark, seen_lines, steps_words
-from trainonce.ledger.words import count, day, duration, hours, percent, usd, when
+from trainonce.ledger.words import count, day, duration, hours, percent, quantity, usd, when
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,9 +107,9 @@ def _cards(totals: Totals, report: Report) -> str:
         ),
     ]
     if totals.facility_kwh is not None:
-        carbon = "no country set" if totals.co2_kg is None else f"{totals.co2_kg:.3g} kg CO2e"
+        carbon = "no country set" if totals.co2_kg is None else f"{quantity(totals.co2_kg)} kg CO2e"
         kind = "estimate" if totals.energy_is_estimate else "measured"
-        cards.append(("Energy", f"{totals.facility_kwh:.3g} kWh", f"{carbon}, {kind}"))
+        cards.append(("Energy", f"{quantity(totals.facility_kwh)} kWh", f"{carbon}, {kind}"))
     return '<dl class="cards">{}</dl>'.format(
         "".join(
             f'<div class="card"><dt>{_text(name)}</dt><dd>{_text(value)}'

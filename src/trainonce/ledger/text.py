@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainonce.ledger.guarantee import FAILURE
-from trainonce.ledger.words import count, day, duration, hours, percent, usd, when
+from trainonce.ledger.words import count, day, duration, hours, percent, quantity, usd, when
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,9 +85,10 @@ def energy_words(energy: Energy) -> str:
     """Return energy and carbon, and whether they are estimates."""
     if energy.it_kwh is None or energy.facility_kwh is None:
         return "not measured (gpu_tdp_w in settings.toml gives an estimate)"
-    words = f"{energy.it_kwh:.4g} kWh, {energy.facility_kwh:.4g} kWh with the facility's share"
+    facility = f"{quantity(energy.facility_kwh)} kWh with the facility's share"
+    words = f"{quantity(energy.it_kwh)} kWh, {facility}"
     if energy.co2_kg is not None:
-        words += f", {energy.co2_kg:.4g} kg CO2e"
+        words += f", {quantity(energy.co2_kg)} kg CO2e"
     kind = "estimate" if energy.is_estimate else "measured"
     return f"{words} ({kind}: {energy.source})"
 
@@ -183,7 +184,7 @@ def _job(job: JobReport) -> list[str]:
         ),
         (
             f"  ETTR {percent(time.ettr)}, goodput {percent(time.goodput)}, "
-            f"MFU {percent(time.mfu)}, {time.samples_per_s:.4g} samples/s"
+            f"MFU {percent(time.mfu)}, {quantity(time.samples_per_s)} samples/s"
         ),
         f"  {steps_words(job.facts)}",
         "",
@@ -279,15 +280,15 @@ def _totals(title: str, totals: Totals) -> list[str]:
         if totals.cost_usd is not None
         else f"  money: {_NO_PRICE}"
     )
-    if totals.it_kwh is not None:
-        carbon = "" if totals.co2_kg is None else f", {totals.co2_kg:.4g} kg CO2e"
+    if totals.facility_kwh is not None:
+        carbon = "" if totals.co2_kg is None else f", {quantity(totals.co2_kg)} kg CO2e"
         kind = "estimated, at least in part" if totals.energy_is_estimate else "measured"
         rest = (
             f", {count(totals.jobs_without_energy, 'job')} without"
             if totals.jobs_without_energy
             else ""
         )
-        lines.append(f"  energy {totals.facility_kwh:.4g} kWh{carbon} ({kind}{rest})")
+        lines.append(f"  energy {quantity(totals.facility_kwh)} kWh{carbon} ({kind}{rest})")
     return lines
 
 

@@ -52,3 +52,8 @@ def usd(amount: float | None) -> str:
 def hours(number: float) -> str:
     """Return GPU hours with a sensible number of digits."""
     return f"{number:,.1f} GPU-h" if abs(number) >= 10 else f"{number:.4f} GPU-h"
+
+
+def quantity(number: float) -> str:
+    """Return an amount to four digits, and without an exponent where it is large."""
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"

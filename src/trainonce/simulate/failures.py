@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 DAY_S = 86_400.0
 HOUR_S = 3_600.0
-_RATE_MIN = 1e-9  # failures a node-day: one in 2.7 million years
+# Failures a node-day: one in 2.7 million years, one in nine seconds.
+_RATE_MIN, _RATE_MAX = 1e-9, 1e4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +82,10 @@ class FailureRates:
     points: tuple[tuple[int, float], ...]
 
     def __post_init__(self) -> None:
-        if not self.points or any(n < 1 or not _RATE_MIN <= r < math.inf for n, r in self.points):
+        if not self.points or any(n < 1 or not _RATE_MIN <= r <= _RATE_MAX for n, r in self.points):
             raise ConfigError(
-                f"failure rates {self.name!r} need a rate of at least {_RATE_MIN:g} at each size: "
-                f"{self.points}",
+                f"failure rates {self.name!r} need a rate of {_RATE_MIN:g} to {_RATE_MAX:g} at "
+                f"each size: {self.points}",
                 hint="a node fails 0.002 to 0.03 times a day in the published records",
             )
 

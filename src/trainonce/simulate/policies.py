@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from trainonce.errors import ConfigError
+
+_MAX_S = 1e9  # thirty years
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,10 @@ class Policy:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name.endswith("_s") and value is not None and not 0 <= value < math.inf:
-                raise self._error(item.name, "must be a number of seconds, 0 or more")
-        if self.checkpoint_interval_s == 0:
-            raise self._error("checkpoint_interval_s", "must be more than 0")
+            if item.name.endswith("_s") and value is not None and not 0 <= value <= _MAX_S:
+                raise self._error(item.name, f"must be a number of seconds, 0 to {_MAX_S:g}")
+        if self.checkpoint_interval_s is not None and self.checkpoint_interval_s < 1:
+            raise self._error("checkpoint_interval_s", "must be at least 1")
         if self.checkpoint_interval_s is None and self.checkpoint_write_s == 0:
             raise self._error(
                 "checkpoint_write_s", "must be more than 0 where Young's formula chooses"

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from trainonce.simulate.policies import Policy
 
 MAX_GPUS = 1_000_000
-MAX_EXPECTED_FAILURES = 5_000_000
+MAX_EVENTS = 2_000_000  # failures and alarms of one job: some seconds, some hundred megabytes
 _MAX_PRICE_USD = 1e6
+_MAX_HOURS = 100_000.0  # of a repair: eleven years
+_MAX_SPARES = 10  # for each node of the job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +56,29 @@ class Scenario:
 
     def __post_init__(self) -> None:
         self._check_size()
-        for name in ("repair_h", "reset_h", "inspection_h", "false_alarms_per_node_day"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+        for name in ("repair_h", "reset_h", "inspection_h"):
+            if not 0 <= getattr(self, name) <= _MAX_HOURS:
+                raise ConfigError(
+                    f"{name} must be 0 to {_MAX_HOURS:,.0f} hours, not {getattr(self, name)!r}"
+                )
+        if not 0 <= self.false_alarms_per_node_day < math.inf:
+            raise ConfigError(
+                f"false_alarms_per_node_day must be 0 or more, not "
+                f"{self.false_alarms_per_node_day!r}"
+            )
         if not 0 < self.price_usd_per_gpu_h <= _MAX_PRICE_USD:
             raise ConfigError(
                 f"a GPU-hour must cost more than 0 and at most {_MAX_PRICE_USD:g} dollars, "
                 f"not {self.price_usd_per_gpu_h!r}",
                 hint="about 2 to 5 US dollars on a cloud",
             )
-        if self.expected_failures > MAX_EXPECTED_FAILURES:
+        events = self.expected_failures + self.expected_alarms
+        if events > MAX_EVENTS:
             raise ConfigError(
-                f"{self.expected_failures:.3g} failures are expected in {self.days:g} days on "
-                f"{self.num_gpus} GPUs; {MAX_EXPECTED_FAILURES:.0e} can be simulated",
-                hint="simulate fewer days",
+                f"{self.expected_failures:.3g} failures and {self.expected_alarms:.3g} false "
+                f"alarms are expected in {self.days:g} days on {self.num_gpus} GPUs; a job can "
+                f"have {MAX_EVENTS:,} of both",
+                hint=f"simulate {self.days * MAX_EVENTS / events:.2g} days, or check the rates",
             )
 
     def _check_size(self) -> None:
@@ -84,14 +95,14 @@ class Scenario:
                 f"{self.num_gpus} GPUs do not fill nodes of {self.gpus_per_node}",
                 hint=f"take {below or self.gpus_per_node} GPUs, or set gpus_per_node",
             )
-        if not 0 < self.days <= 36_500:
-            raise ConfigError(f"simulate more than 0 and up to 36,500 days, not {self.days!r}")
+        if not 0.01 <= self.days <= 36_500:
+            raise ConfigError(f"simulate 0.01 to 36,500 days, not {self.days!r}")
         hint = "a few percent of the job's nodes are usual; --spares auto takes what pays"
-        if self.spares is not None and not 0 <= self.spares <= 10 * self.num_nodes:
+        if self.spares is not None and not 0 <= self.spares <= _MAX_SPARES * self.num_nodes:
             raise ConfigError(
                 f"{self.spares} spare nodes for a job of {self.num_nodes} make no sense", hint=hint
             )
-        if self.spares_share is not None and not 0 <= self.spares_share <= 10:
+        if self.spares_share is not None and not 0 <= self.spares_share <= _MAX_SPARES:
             raise ConfigError(f"spares of {self.spares_share:.0%} make no sense", hint=hint)
 
     @property
@@ -119,6 +130,17 @@ class Scenario:
         """Failures to expect in the simulated time."""
         return self.duration_s / self.mttf_s
 
+    @property
+    def expected_alarms(self) -> float:
+        """False alarms to expect in the simulated time."""
+        return self.false_alarms_per_node_day * self.num_nodes * self.days
+
+    def expected_events(self, policy: Policy) -> float:
+        """Everything to expect in the simulated time under `policy`: what simulating it costs."""
+        nodes = self.num_nodes + self.spares_for(policy)
+        alarms = self.expected_alarms if policy.predicts else 0.0
+        return self.expected_failures * nodes / self.num_nodes + alarms
+
     def mean_out_s(self, policy: Policy) -> float:
         """Mean seconds for which a failure takes a node away and a spare is needed under `policy`.
 
@@ -132,7 +154,11 @@ class Scenario:
         return (permanent * self.repair_h + (reset * self.reset_h if live else 0.0)) * HOUR_S
 
     def spares_for(self, policy: Policy) -> int:
-        """Return the idle spares held under `policy`: as set, or as many as pay off."""
+        """Return the idle spares held under `policy`: as set, or as many as pay off.
+
+        Raises:
+            ConfigError: So many nodes are in repair at a time that no spares would do.
+        """
         if policy.spare_source == "low-priority":
             return 0
         if self.spares is not None:
@@ -143,6 +169,11 @@ class Scenario:
         if policy.predicts:
             alarms_per_s = self.false_alarms_per_node_day * self.num_nodes / DAY_S
             out += alarms_per_s * self.inspection_h * HOUR_S
+        if out > _MAX_SPARES * self.num_nodes:
+            raise ConfigError(
+                f"{out:.3g} nodes would be in repair at a time, of a job of {self.num_nodes}",
+                hint="check the rates, repair_h and inspection_h",
+            )
         return theory.spares_that_pay(
             nodes_out=out, stall_nodes=self.num_nodes / max(1, policy.replica_groups)
         )

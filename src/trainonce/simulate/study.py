@@ -26,6 +26,10 @@ _YEAR_DAYS = 365.0
 _CONFIDENCE = 0.95
 # The cost of holding spares is convex but for noise: so many rises in a row end the search.
 _RISES_TO_STOP = 4
+# All jobs of one study: some ten minutes on one core. A job in which nothing happens takes as long
+# as so many events.
+MAX_STUDY_EVENTS = 200_000_000
+_EVENTS_OF_A_JOB = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +116,37 @@ class SpareStudy:
         }
 
 
+def expected_events(scenario: Scenario, policies: Sequence[Policy], num_seeds: int) -> float:
+    """Return what simulating each policy once for each seed costs, in events."""
+    each = (scenario.expected_events(policy) + _EVENTS_OF_A_JOB for policy in policies)
+    return num_seeds * sum(each)
+
+
+def check_size(events: float) -> None:
+    """Raise unless so many events can be simulated while somebody waits for them.
+
+    Raises:
+        ConfigError: They are too many.
+    """
+    if events > MAX_STUDY_EVENTS:
+        raise ConfigError(
+            f"{events:.3g} failures and alarms are expected in all jobs together; "
+            f"{MAX_STUDY_EVENTS:,} can be simulated, some ten minutes' work",
+            hint=f"take {MAX_STUDY_EVENTS / events:.1%} of the days or seeds, fewer policies or "
+            "sizes, or check the rates",
+        )
+
+
 def run_policy(
     scenario: Scenario, policy: Policy, seeds: Sequence[int], progress: Progress | None = None
 ) -> Result:
     """Simulate `policy` once for each seed.
 
     Raises:
-        ConfigError: There are fewer than two seeds, so there would be no interval.
+        ConfigError: There are fewer than two seeds, so there would be no interval; or more would
+            happen than can be simulated.
     """
+    check_size(expected_events(scenario, [policy], len(seeds)))
     if len(seeds) < 2:
         raise ConfigError(
             f"{len(seeds)} seed gives no interval", hint="take at least --seeds 2; 16 is usual"
@@ -172,8 +199,13 @@ def sweep(
     seeds: Sequence[int],
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Run every policy at every number of GPUs in `sizes`, sizes outermost."""
+    """Run every policy at every number of GPUs in `sizes`, sizes outermost.
+
+    Raises:
+        ConfigError: More would happen than can be simulated.
+    """
     scenarios = [dataclasses.replace(scenario, num_gpus=num_gpus) for num_gpus in sizes]
+    check_size(sum(expected_events(sized, policies, len(seeds)) for sized in scenarios))
     results: list[Result] = []
     total = len(scenarios) * len(policies) * len(seeds)
     for sized in scenarios:
@@ -189,6 +221,20 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Progress | N
     return lambda done, _, label: progress(before + done, total, label)
 
 
+def _closed_form(scenario: Scenario, policy: Policy) -> int:
+    return dataclasses.replace(scenario, spares=None, spares_share=None).spares_for(policy)
+
+
+def expected_search_events(scenario: Scenario, policies: Sequence[Policy], num_seeds: int) -> float:
+    """Return what `find_spares` is likely to cost for each of the policies, in events."""
+    events = 0.0
+    for policy in policies:
+        num_tried = _closed_form(scenario, policy) + 1 + _RISES_TO_STOP
+        held = dataclasses.replace(scenario, spares=num_tried // 2)  # in the mean
+        events += num_tried * expected_events(held, [policy], num_seeds)
+    return events
+
+
 def find_spares(
     scenario: Scenario, policy: Policy, seeds: Sequence[int], progress: Progress | None = None
 ) -> SpareStudy:
@@ -197,21 +243,26 @@ def find_spares(
     All numbers of spares see the same failures, so that their differences are not luck.
 
     Raises:
-        ConfigError: The policy borrows its spares, so it holds none.
+        ConfigError: The policy borrows its spares, so it holds none; or more would happen than can
+            be simulated.
     """
     if policy.spare_source != "idle":
         raise ConfigError(
             f"policy {policy.name!r} borrows its spares and holds none",
             hint="ask for a policy with idle spares",
         )
-    closed_form = dataclasses.replace(scenario, spares=None, spares_share=None).spares_for(policy)
+    closed_form = _closed_form(scenario, policy)
+    check_size(expected_search_events(scenario, [policy], len(seeds)))
     results: list[Result] = []
     best: Result | None = None
+    events = 0.0
     # The closed form tells where the search is likely to end; the progress shown goes by it.
     total = (closed_form + 1 + _RISES_TO_STOP) * len(seeds)
     while best is None or len(results) <= best.spares + _RISES_TO_STOP:
         before = len(results) * len(seeds)
         held = dataclasses.replace(scenario, spares=len(results))
+        events += expected_events(held, [policy], len(seeds))
+        check_size(events)
         step = _shifted(progress, before, max(total, before + len(seeds)))
         result = run_policy(held, policy, seeds, step)
         results.append(result)

@@ -251,7 +251,8 @@ def test_device_is_drained_to_a_spare_that_is_elsewhere(bench):
 def test_host_and_device_without_ranks_get_a_clear_word(bench):
     b = bench(spares=1).ready()
     assert drain(b, "moon") == [(False, "no worker of job j runs on moon: they run on here")]
-    assert drain(b, "here", "worker9") == [(True, "no rank of job j is on worker9 of here")]
+    told = "no rank of job j is on worker9 of here: they are on slot0, slot1"
+    assert drain(b, "here", "worker9") == [(True, told)]
 
 
 def test_rank_that_dies_while_it_is_drained_is_said(bench):

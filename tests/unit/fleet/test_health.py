@@ -1,6 +1,7 @@
 """The health policy on scripted and recorded readings, false-alarm traps included."""
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,99 @@ def test_temperatures_that_only_look_alarming_move_nothing(series: object) -> No
         seen |= {verdict.action for verdict in watch.observe([reading]).values()}
     assert Action.MIGRATE not in seen, "at no time, and not only at the end"
     assert hot(series).action is Action.NONE
+
+
+class Oven:
+    """A device in simulated time, read when the watch asks for it or at a fixed pace."""
+
+    def __init__(self, at: Callable[[float], float], every_s: float, *, dense: bool) -> None:
+        self.at, self.every_s, self.dense = at, every_s, dense
+        self.watch = HealthWatch()
+        self.num_readings = 0
+
+    def moved_s(self, until_s: float, seed: int = 0) -> float | None:
+        """Return when a move was asked for, if before `until_s`; a sensor wavers and rounds."""
+        noise = random.Random(seed)
+        now_s = 0.0
+        while now_s < until_s:
+            shown = float(round(self.at(now_s) + noise.gauss(0, 0.5)))
+            reading = Reading(mono_s=now_s, host="h", device="gpu0", temperature_c=shown,
+                              slowdown_c=87.0, shutdown_c=92.0)  # fmt: skip
+            self.num_readings += 1
+            if self.watch.observe([reading])["h", "gpu0"].action is Action.MIGRATE:
+                return now_s
+            now_s += self.watch.next_look_s(self.every_s) if self.dense else self.every_s
+        return None
+
+
+def steep(from_c: float, c_per_min: float, begin_s: float = 605.0) -> Callable[[float], float]:
+    """Return a temperature that rests, and from `begin_s` on rises without an end."""
+    return lambda now_s: from_c + max(0.0, now_s - begin_s) * c_per_min / 60
+
+
+@pytest.mark.parametrize("every_s", [10.0, 30.0, 60.0])
+@pytest.mark.parametrize("c_per_min", [3.0, 6.0, 12.0, 24.0])
+@pytest.mark.parametrize("from_c", [60.0, 78.0])
+def test_steep_rise_is_seen_in_time_however_seldom_is_read_at_rest(
+    from_c: float, c_per_min: float, every_s: float
+) -> None:
+    at = steep(from_c, c_per_min)
+    lives_s = (92 - from_c) / c_per_min * 60
+    dies_s = 605.0 + lives_s
+    oven = Oven(at, every_s, dense=True)
+    if lives_s < 2 * every_s:
+        return  # nothing can be read of it
+    moved_s = oven.moved_s(dies_s)
+    assert moved_s is not None
+    # What is left from slow-down on, less what tells a rise from a wrong reading.
+    assert dies_s - moved_s > 0.4 * 5 / c_per_min * 60
+    assert oven.num_readings < dies_s / every_s + 80
+
+
+@pytest.mark.parametrize(("from_c", "c_per_min"), [(60.0, 8.0), (71.0, 10.0), (80.0, 4.0)])
+def test_steep_rise_is_seen_in_few_readings_where_there_are_no_more(
+    from_c: float, c_per_min: float
+) -> None:
+    dies_s = 605.0 + (92 - from_c) / c_per_min * 60
+    assert Oven(steep(from_c, c_per_min), 30.0, dense=False).moved_s(dies_s) is not None
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("every_s", [10.0, 30.0])
+@pytest.mark.parametrize("tau_s", [8.0, 15.0, 40.0, 100.0])
+@pytest.mark.parametrize("rest_c", [80.0, 84.0, 86.0])
+def test_warm_up_moves_nothing_at_any_pace_of_reading(
+    rest_c: float, tau_s: float, every_s: float, dense: bool
+) -> None:
+    def at(now_s: float) -> float:
+        return rest_c - (rest_c - 38) * math.exp(-max(0.0, now_s - 95) / tau_s)
+
+    for seed in range(5):
+        assert Oven(at, every_s, dense=dense).moved_s(1800, seed) is None
+
+
+def test_one_wrong_reading_and_one_that_has_ended_are_no_steep_rise() -> None:
+    # From 81 on each step would reach shutdown at the next reading, were it repeated.
+    assert hot([75.0, 81.0, 87.0], 3).action is Action.MIGRATE
+    assert hot([81.0, 87.0, 87.0], 3).action is not Action.MIGRATE
+    assert hot([75.0, 81.0, 87.0, 87.0, 87.0], 5).action is not Action.MIGRATE, "it has ended"
+    assert hot([81.0, 81.0, 120.0], 3).action is not Action.MIGRATE
+    assert hot([60.0, 120.0, 84.0], 3).action is not Action.MIGRATE
+    for wrong in ([72.0, 120.0, 255.0], [0.0, 44.0, 120.0], [0.0, 72.0, 255.0], [0.0, 42.0, 84.0]):
+        assert hot(wrong, 3).action is not Action.MIGRATE, "two in a row"
+    assert hot([60.0, 75.0, 81.0], 3).action is not Action.MIGRATE, "work may do that"
+
+
+def test_device_at_rest_is_read_no_oftener_and_one_that_fell_silent_asks_for_nothing() -> None:
+    watch = HealthWatch()
+    watch.observe(readings(20, temperature_c=lambda i: 84.0 - i % 2, slowdown_c=87.0))
+    assert watch.next_look_s(10.0) > 5
+    watch = HealthWatch()
+    watch.observe(readings(20, temperature_c=lambda i: 60.0 + i, slowdown_c=87.0))
+    assert watch.next_look_s(10.0) == pytest.approx(80 / 8)
+    watch.observe([Reading(mono_s=5000.0, host="gpu-1", device="gpu1")])
+    assert watch.next_look_s(10.0) == 10.0
+    assert HealthWatch().next_look_s(0.05) == 0.05
 
 
 def test_lasting_heat_is_suspected_and_a_moment_of_it_is_not() -> None:
@@ -250,6 +344,32 @@ def test_recording_plays_back_what_was_recorded(tmp_path: Path) -> None:
     for batch in batches:
         assert list(played.read()) == list(scripted.read()) == batch
     assert list(played.read()) == list(scripted.read()) == []
+
+
+def test_recording_with_few_readings_moves_the_failing_device_and_no_other(tmp_path: Path) -> None:
+    # Half a minute apart, as a dcgm-exporter tells: a warm-up, one wrong reading, a steep rise.
+    series = {
+        "gpu0": [62, 62, 71, 77, 80, 83, 84, 85, 86, 86, 85, 86],
+        "gpu1": [70, 71, 70, 120, 71, 70, 70, 255, 0, 71, 70, 70],
+        "gpu2": [60, 60, 60, 60, 64, 69, 73, 77, 82, 86, 91, 95],
+    }
+    path = tmp_path / "signals.jsonl"
+    for i in range(12):
+        record(
+            [
+                Reading(mono_s=30.0 * i, host="gpu-1", device=device, temperature_c=told[i],
+                        slowdown_c=87.0, shutdown_c=92.0)
+                for device, told in series.items()
+            ],
+            path,
+        )  # fmt: skip
+    played, watch = RecordedSource(path), HealthWatch()
+    asked: dict[str, float] = {}
+    while batch := played.read():
+        for (_, device), verdict in watch.observe(batch).items():
+            if verdict.action is Action.MIGRATE:
+                asked.setdefault(device, batch[0].mono_s)
+    assert asked == {"gpu2": 300.0}, "at 91 degrees, one reading before shutdown"
 
 
 def test_numbers_that_are_none_are_not_known() -> None:

@@ -77,6 +77,41 @@ def test_interfaces_of_one_router_are_found_without_names() -> None:
     assert len(links) == 2 * (6 + 6)
 
 
+def readdressed(made: list[HostRecord]) -> list[HostRecord]:
+    """Return the records with every cable in a /31 of its own, one next to the other."""
+    cables = sorted({address.rpartition(".")[0] for address in NAMES})
+
+    def other(address: str | None) -> str | None:
+        if address is None:
+            return None
+        cable, _, end = address.rpartition(".")
+        number = 2 * cables.index(cable) + int(end) - 1
+        return f"10.9.{number // 256}.{number % 256}"
+
+    for record in made:
+        record.host = str(other(record.host))
+        record.hops = {
+            (str(other(peer)), port): [other(hop) for hop in way]
+            for (peer, port), way in record.hops.items()
+        }
+        record.sent = {(str(other(peer)), port): n for (peer, port), n in record.sent.items()}
+        record.received = {(str(other(p)), port): r for (p, port), r in record.received.items()}
+    return made
+
+
+def test_interfaces_are_found_in_networks_of_two_addresses_that_follow_each_other() -> None:
+    fabric = build_fabric(readdressed(records()))
+    assert len(fabric.devices()) == 6 + 5
+    assert len({name for flow in fabric.flows for name in flow.links()}) == 2 * (6 + 6)
+
+
+def test_name_of_one_interface_holds_for_the_whole_router() -> None:
+    for address in ("10.2.11.2", "10.2.21.2", "10.2.31.2"):  # of spine1
+        fabric = build_fabric(records(), {address: "spine1"})
+        assert len(fabric.devices()) == 6 + 5
+        assert "spine1" in fabric.devices()
+
+
 def test_given_names_are_used() -> None:
     fabric = build_fabric(records(), NAMES)
     assert set(fabric.devices()) == set(NAMES.values())

@@ -1,11 +1,17 @@
 """`trainonce simulate` as a user calls it."""
 
+import contextlib
+import io
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainonce.cli.main import main
+from trainonce.simulate.policies import POLICIES
 
 QUICK = ["simulate", "--seeds", "2", "--days", "30"]
 
@@ -83,22 +89,80 @@ def test_share_of_spares_is_taken_of_each_size(capsys: pytest.CaptureFixture[str
     assert [result["spares"] for result in results] == [3, 5, 10]
 
 
+def test_long_work_shows_how_far_it_is_and_keeps_stdout_for_the_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr("trainonce.cli.simulate.time.monotonic", lambda: next(clock))
+    assert main([*QUICK, "--sweep", "64:128", "--policy", "trainonce", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["results"]) == 2
+    assert "simulated 3 of 4 jobs: trainonce on 128 GPUs" in err
+
+
+def test_interrupted_study_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainonce.simulate.study.simulate", interrupt)
+    assert main(QUICK) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+_EXTREME = st.sampled_from(["0.01", "1", "36500", "1e-9", "0.0065", "10", "1e4", "1e300", "nan"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    gpus=st.sampled_from([8, 2048, 1_000_000]), days=_EXTREME, rates=_EXTREME, price=_EXTREME,
+    pause=_EXTREME, spares=st.sampled_from(["auto", "0", "10", "1000%"]),
+    policy=st.sampled_from(sorted(POLICIES)),
+)  # fmt: skip
+def test_whatever_is_asked_for_is_refused_or_ends_soon_in_finite_numbers(
+    gpus: int, days: str, rates: str, price: str, pause: str, spares: str, policy: str
+) -> None:
+    args = ["simulate", "--seeds", "2", "--json", "--policy", policy, "--gpus", str(gpus),
+            "--days", days, "--rates", rates, "--price", price, "--spares", spares,
+            "--rebuild-pause-s", pause]  # fmt: skip
+    out = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        # The bounds by themselves are tested above; here they are what a test can wait for.
+        patch.setattr("trainonce.simulate.study.MAX_STUDY_EVENTS", 20_000)
+        code = main(args)
+    if code:
+        assert (code, "error: " in err.getvalue()) == (2, True)
+    else:
+        json.loads(out.getvalue(), parse_constant=pytest.fail)
+
+
 @pytest.mark.parametrize(
     ("args", "says", "hints"),
     [
         (["--gpus", "0"], "1 to 1,000,000 GPUs, not 0", "--gpus 2048"),
         (["--gpus", "-8"], "not -8", "--gpus 2048"),
         (["--gpus", "100"], "100 GPUs do not fill nodes of 8", "take 96 GPUs"),
-        (["--days", "0"], "more than 0", ""),
-        (["--days", "nan"], "more than 0", ""),
+        (["--days", "0"], "0.01 to 36,500 days", ""),
+        (["--days", "nan"], "0.01 to 36,500 days", ""),
+        (["--days", "1e-300"], "0.01 to 36,500 days", ""),
         (["--price", "-1"], "must cost more than 0", "dollars"),
         (["--price", "inf"], "must cost more than 0", "dollars"),
         (["--price", "1e300"], "must cost more than 0", "dollars"),
         (["--rates", "meta"], "unknown failure rates 'meta'", "rsc-1"),
-        (["--rates", "-0.1"], "rate of at least 1e-09", "node fails"),
-        (["--rates", "1e-300"], "rate of at least 1e-09", "node fails"),
-        (["--rates", "nan"], "rate of at least 1e-09", "node fails"),
-        (["--rates", "1e9"], "failures are expected", "fewer days"),
+        (["--rates", "-0.1"], "rate of 1e-09 to 10000", "node fails"),
+        (["--rates", "1e-300"], "rate of 1e-09 to 10000", "node fails"),
+        (["--rates", "nan"], "rate of 1e-09 to 10000", "node fails"),
+        (["--rates", "1e308"], "rate of 1e-09 to 10000", "node fails"),
+        (["--rates", "9000"], "8.41e+08 failures", "simulate 0.87 days"),
+        (["--days", "36500", "--gpus", "1000000"], "6.08e+07 false alarms", "check the rates"),
+        (["--sweep", "64:524288", "--seeds", "9000"], "in all jobs together", "days or seeds"),
+        (["--find-spares", "--gpus", "1000000"], "in all jobs together", "of the days or seeds"),
+        (["--rates", "1000", "--days", "1"], "in repair at a time", "repair_h"),
         (["--spares", "many"], "--spares cannot be 'many'", "auto"),
         (["--spares", "nan%"], "make no sense", "auto"),
         (["--spares", "some%"], "--spares cannot be 'some%'", "auto"),
@@ -140,6 +204,11 @@ def test_impossible_parameters_get_a_clear_word(
         ("[policies.trainonce]\nreplica_groups = 1\n", "replica_groups must be 0 or at least 2"),
         ("[policies.trainonce]\ncheckpoint_write_s = 0\n", "checkpoint_write_s must be more"),
         ("[policies.trainonce]\ncheckpoint_interval_s = 0\n", "checkpoint_interval_s must be"),
+        ("[policies.trainonce]\ncheckpoint_interval_s = 1e-300\n", "must be at least 1"),
+        ("[policies.trainonce]\nheal_s = 1e300\n", "heal_s must be a number of seconds"),
+        ("[scenario]\nrepair_h = 1e300\n", "repair_h must be 0 to 100,000 hours"),
+        ("[scenario]\nfalse_alarms_per_node_day = 1e300\n", "false alarms are expected"),
+        ("[scenario]\nfalse_alarms_per_node_day = nan\n", "must be 0 or more"),
         ("[policies.trainonce]\nrestart_s = nan\n", "restart_s must be a number of seconds"),
     ],
 )

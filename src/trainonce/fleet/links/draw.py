@@ -23,7 +23,8 @@ def draw_topology(
 ) -> None:
     """Draw devices in layers, hosts at the bottom, and mark the culprits.
 
-    A fabric of more than 60 devices is cut to the culprits and their neighbours.
+    A fabric of more than 60 devices is cut to the culprits and their neighbours; where there is no
+    culprit, nothing is left but a line that says so.
 
     Args:
         links: Names of all links, directed or not.
@@ -54,7 +55,8 @@ def draw_topology(
     for finding in findings:
         _mark(axes, finding, place)
     if len(shown) < len(near):
-        axes.set_title(f"{len(shown)} of {len(near)} devices: culprits and neighbours", fontsize=8)
+        told = f"{len(shown)} of {len(near)} devices: culprits and neighbours"
+        axes.set_title(told if shown else f"{len(near)} devices, no culprit", fontsize=8)
     axes.margins(0.08, 0.15)
     axes.axis("off")
     save_figure(figure, path, dpi=140)

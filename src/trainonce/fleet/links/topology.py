@@ -13,7 +13,7 @@ from trainonce.errors import ConfigError
 from trainonce.fleet.links.locate import Observations, with_switches
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Set
 
     from numpy.typing import NDArray
 
@@ -195,12 +195,18 @@ class _Devices:
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names = names
         self._same: dict[str, str] = {}
+        self._name_of: dict[str, str] = {}
 
     def __call__(self, address: str) -> str:
         if address in self._names:
             return self._names[address]
         root = self._find(address)
-        return self._names.get(root, root)
+        return self._name_of.get(root, root)
+
+    def name(self) -> None:
+        """Let the name of one address hold for all that were joined with it."""
+        for address, name in sorted(self._names.items()):
+            self._name_of.setdefault(self._find(address), name)
 
     def _find(self, address: str) -> str:
         while address in self._same:
@@ -229,13 +235,27 @@ def _devices(records: Sequence[HostRecord], names: Mapping[str, str]) -> _Device
     seen = {address for way in ways for address in way if address is not None}
     steps = {(a, b) for way in ways for a, b in zip(way, way[1:], strict=False) if a and b}
     for before, address in sorted(steps):
-        number = int(ipaddress.IPv4Address(address))
-        mates = {str(ipaddress.IPv4Address(number ^ bits)) for bits in (1, 3)}
-        # In a /30 both middle addresses are used, and the others are not addresses of hosts.
-        mates = {mate for mate in mates if mate in seen and mate not in hosts}
-        if len(mates) == 1 and before not in hosts:
-            device.join(before, mates.pop())
+        mate = _mate(address, seen - hosts if address in hosts else seen)
+        if mate in seen and mate not in hosts and before not in hosts:
+            device.join(before, mate)
+    device.name()
     return device
+
+
+def _mate(address: str, seen: Set[str]) -> str:
+    """Return the other end of a point-to-point network.
+
+    In a /30 the two middle addresses of four are used, and the outer ones are not addresses of
+    hosts; where an outer one was seen, the four are two networks of /31.
+
+    Args:
+        address: One end.
+        seen: Addresses that are in use, as far as is known.
+    """
+    number = int(ipaddress.IPv4Address(address))
+    outer = {number & ~3, number | 3}
+    is_30 = number not in outer and not seen & {str(ipaddress.IPv4Address(one)) for one in outer}
+    return str(ipaddress.IPv4Address(number ^ (3 if is_30 else 1)))
 
 
 def _notes(

@@ -1,1 +1,0 @@
-"""Lightning, Hugging Face and torchtitan."""

@@ -6,6 +6,8 @@ It must be a plain function of picklable things: process pools carry it to their
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import threading
 import time
 import traceback
@@ -74,6 +76,21 @@ def call(
                 outcome.trace = "".join(traceback.format_exception(error)[1:])
         outcome.seconds = time.perf_counter() - started
     outcome.reasons = watch.reasons
+    return outcome
+
+
+def call_elsewhere(*arguments: Any) -> Outcome:
+    """Do what `call` does in a process from which the outcome travels back.
+
+    An exception that cannot travel becomes one that says the same: some pools break by it.
+    """
+    outcome = call(*arguments)
+    try:
+        pickle.dumps(outcome.error)
+        copy.copy(outcome.error)  # made again as unpickling does it
+    except Exception:
+        error = outcome.error
+        outcome.error = RuntimeError(f"{type(error).__name__}: {error}")
     return outcome
 
 

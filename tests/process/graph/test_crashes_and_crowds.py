@@ -69,6 +69,74 @@ def test_processes_of_an_executor_run_nodes_that_can_be_imported(tmp_path):
     assert len((tmp_path / "log").read_text().split("\n")[:-1]) == 4
 
 
+SPAWNING = """
+import dataclasses, multiprocessing, sys
+import counted_nodes, trainonce as once
+from trainonce.errors import NodeError
+from concurrent.futures import ProcessPoolExecutor
+
+@dataclasses.dataclass
+class Pair:
+    left: int
+    right: int
+
+class Odd(Exception):
+    def __init__(self, left, right):
+        super().__init__(f"{left} and {right}")
+
+def helper(x):
+    return Pair(x, SHIFT)
+
+SHIFT = 3
+
+@once.node(ignore=["log"])
+def pair(x, log):
+    counted_nodes.note(log, f"pair {x}")
+    return helper(x)
+
+@once.node(ignore=["log"])
+def total(p, log):
+    counted_nodes.note(log, f"total {p.left}")
+    return p.left + p.right
+
+@once.node(ignore=["log"])
+def choose(x, log):
+    counted_nodes.note(log, f"choose {x}")
+    return total(pair(x, log), log)
+
+@once.node(ignore=["log"])
+def fail(log):
+    raise Odd(1, 2)
+
+def ask(store, log):
+    return once.compute(choose(1, log), store=store)
+
+if __name__ == "__main__":
+    store, log = sys.argv[1:]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        values = [pool.submit(ask, store, log).result(), ask(store, log)]
+        # Nodes that run in the pool, and one of this script.
+        values.append(once.compute(choose(2, log), store=store, executor=pool))
+        values.append(once.compute(choose(2, log), store=store, executor=pool))
+        try:
+            once.compute(fail(log), store=store, executor=pool)
+        except NodeError as error:
+            assert "Odd: 1 and 2" in str(error) and "raise Odd(1, 2)" in error.remote_traceback
+            values.append(once.compute(total(Pair(3, 4), log), store=store, executor=pool))
+    print(*values)
+"""
+
+
+def test_processes_that_were_spawned_share_the_nodes_of_their_script(tmp_path):
+    script, log = tmp_path / "main.py", tmp_path / "log"
+    script.write_text(SPAWNING)
+    assert finish(start(script, tmp_path / "store", log)) == ["4", "4", "5", "5", "7"]
+    lines = sorted(log.read_text().split("\n")[:-1])
+    numbered = [f"{name} {x}" for name in ("choose", "pair", "total") for x in (1, 2)]
+    assert lines == sorted([*numbered, "total 3"])
+
+
 def test_a_sigkill_at_any_point_of_a_write_loses_nothing_that_was_committed(folder):
     killed, ok = finish(start(HERE / "crash_driver.py", "points", folder))
     assert ok == "ok"

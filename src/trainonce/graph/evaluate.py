@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trainonce.errors import (
     EncodingError,
     GraphError,
+    InputFileError,
     InputMutatedError,
     LeaseLostError,
     NodeError,
@@ -115,8 +116,18 @@ class Evaluator:
         """Give a task whose inputs are settled its key, and settle it if its output is known.
 
         Where the nodes that its function returned are known, it has an expansion instead.
+
+        Raises:
+            InputFileError: A file or folder among its inputs cannot be read.
         """
-        task.key = self.keys.make(task.node)
+        try:
+            task.key = self.keys.make(task.node)
+        except OSError as error:
+            folder = isinstance(error, IsADirectoryError)
+            raise InputFileError(
+                f"an input of {task.node.name} cannot be read: {error}",
+                hint="`once.Dir` is for folders" if folder else None,
+            ) from error
         if task.parent is not None:
             above = task.parent.key
             task.key.come_from([("node", above.key), *above.lineage], above.sources)
@@ -221,6 +232,8 @@ class Evaluator:
         if entry is None or loaded is None:
             return False
         try:
+            if not isinstance(loaded.value, Expansion):
+                return False
             task.expansion = rebuild(loaded.value, task.node)
         except EncodingError:
             return False  # the function is called again, and says what it returns now
@@ -355,7 +368,7 @@ class Evaluator:
         for name, value in values.items():
             try:
                 found[name] = self.keys.digest(value, name)
-            except UnhashableError:
+            except (UnhashableError, OSError):  # a file that is gone has changed
                 continue
         return found
 
@@ -375,7 +388,10 @@ class Evaluator:
         """Return what the key would not say if it were made now."""
         if not task.key.key:
             return []
-        again = self.keys.make(task.node)
+        try:
+            again = self.keys.make(task.node)
+        except OSError as error:
+            return [f"an input could not be read afterwards: {error}"]
         if again.key == task.key.key:
             return []
         names = {n for n, v in again.parts.items() if task.key.parts.get(n) != v}

@@ -69,6 +69,7 @@ def compute(
     Raises:
         NodeError: A function failed; it holds the node's key, inputs and traceback.
         InputMutatedError: A function changed its input.
+        InputFileError: A file or folder among the inputs cannot be read.
         ConfigError: A node wants more GPUs than there are.
         GraphError: The executor cannot run a node, or a node waits for itself.
     """

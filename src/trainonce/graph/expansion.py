@@ -27,10 +27,17 @@ _FILES = {"File": File, "Dir": Dir}
 
 @dataclass(frozen=True)
 class Reference:
-    """Stands for a "call" of the record, an "argument" of the node, or a node of its "inputs"."""
+    """Stands for a call of the record, or for an input of the node whose function returned it.
+
+    Args:
+        kind: "call"; "argument", as a whole; or "input", a node within an argument.
+        name: Of the argument.
+        number: Of the call, or of the node among those of the argument.
+    """
 
     kind: str
-    place: str | int
+    name: str = ""
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Expansion:
     result: Any
 
 
-register(Reference, lambda one: [one.kind, one.place])
+register(Reference, lambda one: [one.kind, one.name, one.number])
 register(Path, lambda one: [one.kind, one.path, one.strict])
 register(Function, lambda one: [one.kind, one.name, one.module])
 register(Call, lambda one: [one.function, one.arguments])
@@ -110,7 +117,6 @@ def rebuild(found: Expansion, node: Node[Any]) -> Any:
         EncodingError: A function is not where it was, or has other parameters.
     """
     made: list[Node[Any]] = []
-    below = nodes_in(node.bound.arguments)
 
     def put(part: Any) -> Any:
         if isinstance(part, Path):
@@ -119,9 +125,10 @@ def rebuild(found: Expansion, node: Node[Any]) -> Any:
             return _find(part, node)
         if not isinstance(part, Reference):
             return inputs.KEEP
-        if part.kind == "argument":
-            return node.bound.arguments[str(part.place)]
-        return (made if part.kind == "call" else below)[int(part.place)]
+        if part.kind == "call":
+            return made[part.number]
+        argument = node.bound.arguments[part.name]
+        return argument if part.kind == "argument" else _in_order(argument)[part.number]
 
     for call in found.calls:
         function = _find(call.function, node)
@@ -166,19 +173,16 @@ class _Recorder:
         Ignored ones are stored: the next call may have another one under the same key.
         """
         declared: set[int] = set()
-        place = 0
         for name, argument in self._node.bound.arguments.items():
-            counts = name not in self._node.function.options.ignore
-            if counts and not _is_small(values[name]):
+            declared |= {id(item) for item in inputs.find(argument) if isinstance(item, File)}
+            if name in self._node.function.options.ignore:
+                continue
+            if not _is_small(values[name]):
                 self._known[id(values[name])] = Reference("argument", name)
-            for item in inputs.find(argument):
-                if isinstance(item, File):
-                    declared.add(id(item))
-                    continue
+            for number, item in enumerate(_in_order(argument)):
                 value = value_of(item)
-                if counts and not _is_small(value):
-                    self._known.setdefault(id(value), Reference("input", place))
-                place += 1
+                if not _is_small(value):
+                    self._known.setdefault(id(value), Reference("input", name, number))
         for item in inputs.find(values):
             if id(item) not in declared:
                 raise EncodingError(f"{item!r}, which another node gave it, is a path that its "
@@ -190,7 +194,7 @@ class _Recorder:
         for node in inputs_first(result, lambda node: id(node) in self._known):
             arguments = {n: inputs.swap(v, self._put) for n, v in node.bound.arguments.items()}
             calls.append(Call(self._place_of(node.function), arguments))
-            self._known[id(node)] = Reference("call", len(calls) - 1)
+            self._known[id(node)] = Reference("call", number=len(calls) - 1)
         return Expansion(calls, inputs.swap(result, self._put))
 
     def _put(self, part: Any) -> Any:
@@ -219,6 +223,19 @@ class _Recorder:
             f"{function.name}, a call of which it returned, cannot be found by that name",
             hint="define the function at the top of a module",
         )
+
+
+def _in_order(argument: Any) -> list[Node[Any]]:
+    """Return the nodes of an argument in an order that its digest shows: none of a set."""
+    found: list[Node[Any]] = []
+
+    def put(part: Any) -> Any:
+        if isinstance(part, Node):
+            found.append(part)
+        return part if isinstance(part, (Node, set, frozenset)) else inputs.KEEP
+
+    inputs.swap(argument, put)
+    return found
 
 
 def _find(place: Function, node: Node[Any]) -> NodeFunction[..., Any]:

@@ -7,6 +7,8 @@ digest means that there is no key: the node is then evaluated and not cached.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from trainonce.graph.numerics import numerics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
     from trainonce.graph.store import Store
 
@@ -90,10 +93,7 @@ class Keys(Resolver):
     def content_of(self, file: File) -> str:
         """Return the digest of a file's or folder's content."""
         if isinstance(file, Dir):
-            entries = [
-                (name, "folder" if path.is_dir() else self._file(path, file.strict))
-                for name, path in file.files()
-            ]
+            entries = [(name, self._entry(path, file.strict)) for name, path in file.files()]
             return combine("dir", entries)
         return self._file(file.path, file.strict)
 
@@ -219,6 +219,16 @@ class Keys(Resolver):
 
     def _bound(self, name: str) -> str:
         return name if self._store is None else self._store.bind(name)
+
+    def _entry(self, path: Path, strict: bool) -> str:
+        """Return what an entry of a folder counts as."""
+        if path.is_dir():
+            return "folder"
+        if path.is_file():
+            return self._file(path, strict)
+        if path.is_symlink():
+            return combine("link to nothing", [("target", os.readlink(path))])
+        raise OSError(errno.EINVAL, "neither a file nor a folder", str(path))
 
     def _file(self, path: Any, strict: bool) -> str:
         if self._store is not None and not (strict or self._strict):

@@ -178,9 +178,12 @@ class Dir(File):
         """Return the relative name and path of each entry below it, sorted.
 
         Folders are entries as well, so that an empty one counts; links are followed.
+
+        Raises:
+            OSError: It is no folder, or one below it cannot be read.
         """
         found: list[tuple[str, Path]] = []
-        for folder, folders, files in os.walk(self.path, followlinks=True):
+        for folder, folders, files in os.walk(self.path, onerror=_raise, followlinks=True):
             base = Path(folder)
             if len(base.parts) - len(self.path.parts) > 100:
                 raise GraphError(f"{self!r} has links that go round in circles")
@@ -243,6 +246,10 @@ def node(
     if function is None:
         return lambda inner: NodeFunction(inner, settings)
     return NodeFunction(function, settings)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def find_node_function(module: str, qualname: str) -> NodeFunction[..., Any]:

@@ -17,7 +17,14 @@ import torch
 
 import trainonce as once
 from trainonce.clock import FakeClock
-from trainonce.errors import ConfigError, GraphError, InputMutatedError, LazyNodeError, NodeError
+from trainonce.errors import (
+    ConfigError,
+    GraphError,
+    InputFileError,
+    InputMutatedError,
+    LazyNodeError,
+    NodeError,
+)
 from trainonce.graph.places import Place
 from trainonce.graph.store import Store
 from trainonce.graph.why import why
@@ -461,6 +468,50 @@ def test_files_and_folders_count_by_content(store, tmp_path):
     (folder / "b").mkdir()
     assert value() == ["a", "b"]
     assert COUNTS["names"] == 3
+
+
+def test_folders_count_links_and_refuse_what_they_cannot_read(store, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+
+    @once.node(version="1")
+    def names(folder):
+        count("names")
+        return sorted(os.listdir(folder))
+
+    (folder / "link").symlink_to("nowhere")
+    assert once.compute(names(once.Dir(folder)), store=store) == ["link"]
+    (folder / "link").unlink()
+    (folder / "link").symlink_to("elsewhere")
+    once.compute(names(once.Dir(folder)), store=store)
+    assert COUNTS["names"] == 2
+    os.mkfifo(folder / "pipe")
+    refused = [
+        (once.Dir(folder), "neither a file nor a folder"),
+        (once.Dir(tmp_path / "missing"), "No such file"),
+        (once.File(tmp_path / "missing"), "No such file"),
+        (once.File(tmp_path), "hint: `once.Dir` is for folders"),
+    ]
+    for given, word in refused:
+        with pytest.raises(InputFileError, match=f"(?s)an input of .*names cannot .*{word}") as e:
+            once.compute(names(given), store=store)
+        assert isinstance(e.value, OSError)
+    assert COUNTS["names"] == 2
+
+
+def test_a_node_that_takes_its_file_away_is_not_kept(store, tmp_path):
+    path = tmp_path / "once.txt"
+
+    @once.node(version="1")
+    def take(path):
+        text = path.path.read_text()
+        path.path.unlink()
+        return text
+
+    path.write_text("a")
+    assert once.compute(take(once.File(path)), store=store) == "a"
+    assert "could not be read afterwards" in store.reason_uncached(take.name)
+    assert store.index.entries(take.name) == []
 
 
 def test_a_file_edited_under_unchanged_stamps_is_seen_in_strict_mode(store, tmp_path):

@@ -66,6 +66,12 @@ def choose(x, flag):
 
 
 @once.node(version="1")
+def choose_all(first, parts, later):
+    count("choose_all")
+    return [scaled(part, 2) for part in [*parts, first, *later]]
+
+
+@once.node(version="1")
 def read(path):
     count("read")
     with open(path) as file:
@@ -153,6 +159,19 @@ def test_inputs_that_are_passed_on_are_neither_stored_again_nor_read(store):
     assert entry.shown["returned"] == "1 nodes"
     store.blobs.remove(store.lookup(why(make(100_000), store=store).key).blob)
     assert runs(choose(make(100_000), False), store=store)[1] == {}
+
+
+def test_inputs_are_told_apart_whether_they_come_as_nodes_or_as_values(store):
+    a, b, c = (scaled(np.ones(9), by) for by in (1.0, 2.0, 3.0))
+    want = [4.0, 6.0, 2.0, 8.0]
+
+    def value(first):
+        found, count = runs(choose_all(first, [b, c], {scaled(1.0, 4.0)}), store=store)
+        return [float(np.ravel(part)[0]) for part in found], count.get("choose_all", 0)
+
+    assert value(a) == (want, 1)
+    assert value(np.ones(9)) == (want, 0)  # the same key: the value that `a` gives
+    assert value(a) == (want, 0)
 
 
 def test_functions_are_found_in_closures_and_arguments_too(store):

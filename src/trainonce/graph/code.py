@@ -57,6 +57,7 @@ _CLASS_INCIDENTAL = frozenset({
     "__doc__", "__module__", "__dict__", "__weakref__", "__firstlineno__", "_abc_impl",
     "__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__",
     "__type_params__", "__parameters__", "__match_args__", "__qualname__",
+    "__slotnames__",  # kept there by the first copy or pickle of an object
 })  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from trainonce.graph.expansion import Expansion, expansion_key, nodes_in, rebuil
 from trainonce.graph.index import Entry
 from trainonce.graph.keys import ActionKey, Keys
 from trainonce.graph.node import File, Node
+from trainonce.graph.shipping import shipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -321,7 +323,7 @@ class Evaluator:
         outcome = self._call(task, values)
         if outcome.error is not None:
             raise _failure(task, outcome, values) from outcome.error
-        self._check_inputs(task, values, before)
+        self._check_inputs(task, values, before, outcome.mutated)
         task.seconds = outcome.seconds
         task.doubts = [*task.key.reasons, *outcome.reasons, *self._changes(task)]
         if nodes_in(outcome.value):
@@ -347,10 +349,11 @@ class Evaluator:
         alone = None if self.settings.nested else task.key.alone
         if executor is None:
             return call(task.node.function, full.args, full.kwargs, declared, task.gpus, alone)
+        function = shipped(task.node.function, executor)
         try:
             return executor.submit(
                 call_elsewhere,
-                task.node.function,
+                function,
                 full.args,
                 full.kwargs,
                 declared,
@@ -358,9 +361,15 @@ class Evaluator:
                 alone,
             ).result()
         except Exception as error:
+            died = isinstance(error, BrokenExecutor)
             raise GraphError(
-                f"{task.node.name} cannot be run by {type(executor).__name__}: {error}",
-                hint="a process pool needs functions that can be imported and inputs that pickle",
+                f"{task.node.name} cannot be run by {type(executor).__name__}: "
+                f"{error or repr(error)}",
+                hint="a process of the pool ended: it crashed, had too little memory, or cannot "
+                "import what it was sent"
+                if died
+                else "a process pool needs functions that can be imported, inputs and results "
+                "that pickle",
             ) from error
 
     def _digests(self, values: dict[str, Any]) -> dict[str, str]:
@@ -372,15 +381,17 @@ class Evaluator:
                 continue
         return found
 
-    def _check_inputs(self, task: Task, values: dict[str, Any], before: dict[str, str]) -> None:
+    def _check_inputs(
+        self, task: Task, values: dict[str, Any], before: dict[str, str], mutated: list[str]
+    ) -> None:
         after = self._digests({name: values[name] for name in before})
-        changed = sorted(name for name in before if after.get(name) != before[name])
+        changed = sorted({*mutated, *(n for n in before if after.get(n) != before[n])})
         files = [n for n in changed if any(isinstance(f, File) for f in inputs.find(values[n]))]
         if files:
             task.key.reasons.append(f"the files of {files} changed while it ran")
-        if mutated := sorted(set(changed) - set(files)):
+        if others := sorted(set(changed) - set(files)):
             raise InputMutatedError(
-                f"{task.node.name} changed its input {', '.join(mutated)}",
+                f"{task.node.name} changed its input {', '.join(others)}",
                 hint="work on a copy: other nodes share the input, and its digest names it",
             )
 

@@ -503,7 +503,10 @@ def tenant_key(secret: str | bytes) -> bytes:
 def _make_folder(root: Path, *, read_only: bool) -> None:
     if read_only:
         if not index_path(root).exists():
-            raise StoreError(f"there is no store in {root}", hint="it is made by the first write")
+            hint = "it is made by the first write"
+            if (root / "tenants").is_dir():
+                hint = "what it holds belongs to tenants: give their secret"
+            raise StoreError(f"there is no store in {root}", hint=hint)
         return
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,12 @@ def _changes(
         if before.get(name) != now.get(name):
             what = "changed" if name in before and name in now else "new"
             what = what if name in now else "gone"
-            changes.append(Change(name, what, shown.get(name, ""), shown_now.get(name, "")))
+            texts = shown.get(name, ""), shown_now.get(name, "")
+            if texts[0] == texts[1] and what == "changed" and name.startswith("argument "):
+                # Two nodes of one function, say: their outputs tell them apart.
+                digests = before[name], now[name]
+                texts = tuple(f"{t} {d[:8]}".lstrip() for t, d in zip(texts, digests, strict=True))
+            changes.append(Change(name, what, *texts))
     return tuple(changes)
 
 

@@ -70,9 +70,9 @@ def test_processes_of_an_executor_run_nodes_that_can_be_imported(tmp_path):
 
 
 SPAWNING = """
-import dataclasses, multiprocessing, sys
+import dataclasses, multiprocessing, sys, threading
 import counted_nodes, trainonce as once
-from trainonce.errors import NodeError
+from trainonce.errors import InputMutatedError, NodeError
 from concurrent.futures import ProcessPoolExecutor
 
 @dataclasses.dataclass
@@ -108,6 +108,14 @@ def choose(x, log):
 def fail(log):
     raise Odd(1, 2)
 
+@once.node
+def spoil(items):
+    items.append(4)
+
+@once.node
+def lock():
+    return threading.Lock()
+
 def ask(store, log):
     return once.compute(choose(1, log), store=store)
 
@@ -119,11 +127,17 @@ if __name__ == "__main__":
         # Nodes that run in the pool, and one of this script.
         values.append(once.compute(choose(2, log), store=store, executor=pool))
         values.append(once.compute(choose(2, log), store=store, executor=pool))
-        try:
-            once.compute(fail(log), store=store, executor=pool)
-        except NodeError as error:
-            assert "Odd: 1 and 2" in str(error) and "raise Odd(1, 2)" in error.remote_traceback
-            values.append(once.compute(total(Pair(3, 4), log), store=store, executor=pool))
+        for node, kind, word in [
+            (fail(log), NodeError, "Odd: 1 and 2"),
+            (spoil([3]), InputMutatedError, "spoil changed its input items"),
+            (lock(), NodeError, "cannot be sent to another process"),
+        ]:
+            try:
+                once.compute(node, store=store, executor=pool)
+            except kind as error:
+                assert word in str(error)
+                values.append("refused")
+        values.append(once.compute(total(Pair(3, 4), log), store=store, executor=pool))
     print(*values)
 """
 
@@ -131,10 +145,47 @@ if __name__ == "__main__":
 def test_processes_that_were_spawned_share_the_nodes_of_their_script(tmp_path):
     script, log = tmp_path / "main.py", tmp_path / "log"
     script.write_text(SPAWNING)
-    assert finish(start(script, tmp_path / "store", log)) == ["4", "4", "5", "5", "7"]
+    assert finish(start(script, tmp_path / "store", log)) == [*"4455", *["refused"] * 3, "7"]
     lines = sorted(log.read_text().split("\n")[:-1])
     numbered = [f"{name} {x}" for name in ("choose", "pair", "total") for x in (1, 2)]
     assert lines == sorted([*numbered, "total 3"])
+
+
+POOLING = """
+import sys
+import counted_nodes, trainonce as once
+from joblib.externals.loky import get_reusable_executor
+
+SHIFT = 3
+
+def helper(x):
+    return x + SHIFT
+
+@once.node(ignore=["log"])
+def shifted(x, log):
+    counted_nodes.note(log, f"shifted {x}")
+    return helper(x)
+
+@once.node(ignore=["log"])
+def choose(x, log):
+    counted_nodes.note(log, f"choose {x}")
+    return shifted(x, log)
+
+store, log = sys.argv[1:]
+pool = get_reusable_executor(2)
+for _ in range(2):
+    print(*once.compute(choose(1, log), choose(2, log), store=store, executor=pool))
+pool.shutdown()
+"""
+
+
+def test_a_pool_that_cannot_import_the_script_gets_its_functions_by_value(tmp_path):
+    pytest.importorskip("joblib")
+    script, log = tmp_path / "main.py", tmp_path / "log"
+    script.write_text(POOLING)
+    assert finish(start(script, tmp_path / "store", log)) == [*"4545"]
+    lines = sorted(log.read_text().split("\n")[:-1])
+    assert lines == ["choose 1", "choose 2", "shifted 1", "shifted 2"]
 
 
 def test_a_sigkill_at_any_point_of_a_write_loses_nothing_that_was_committed(folder):

@@ -1,6 +1,7 @@
 """Nodes and `compute`: what runs, how often, and what is refused."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import importlib
 import importlib.resources
@@ -123,6 +124,14 @@ def test_containers_and_dataclasses_may_hold_nodes(store):
     node = total([add(1, 1), 5], Pair(add(2, 0), 3), {"x": add(0, 100)})
     assert once.compute(node, store=store) == 2 + 5 + 6 + 100
     assert once.compute({"a": [add(1, 1)]}, store=store) == {"a": [2]}
+
+
+def test_a_lazy_node_has_no_attributes_of_its_value():
+    node = make(3)
+    with pytest.raises(AttributeError, match=r"no attribute 'shape'; call `once\.compute"):
+        _ = node.shape
+    assert not hasattr(node, "__array_interface__")
+    assert copy.copy(node).bound == node.bound
 
 
 @pytest.mark.parametrize(
@@ -626,6 +635,15 @@ def test_independent_nodes_run_in_parallel_and_resources_limit_them(store):
 def test_any_executor_of_the_standard_library_fits(store):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert once.compute(double(add(1, 2)), store=store, executor=pool) == 6
+        far = once.node(version="1", gpus=64, threads=999)(lambda x: x)
+        assert once.compute(far(7), store=store, executor=pool) == 7  # GPUs are its own affair
+
+        @once.node(version="1")
+        def spoil(x):
+            x += 1
+
+        with pytest.raises(InputMutatedError, match="changed its input x"):
+            once.compute(spoil(make(3)), store=store, executor=pool)
     with pytest.raises(ConfigError, match="none of"):
         once.compute(add(1), store=store, executor="clouds")
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from trainonce.errors import ConfigError
 from trainonce.graph import upkeep
 from trainonce.graph.digest import digest_file
+from trainonce.graph.index import index_path
+from trainonce.graph.places import place_of
 from trainonce.graph.store import Store, open_store
 from trainonce.graph.why import compare
 
@@ -56,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     actions: dict[str, Callable[[Store, argparse.Namespace], int]] = {
         "ls": _ls, "show": _show, "why": _why, "gc": _gc, "verify": _verify, "forget": _forget,
     }  # fmt: skip
-    read_only = args.graph_command in ("ls", "show", "why")
+    place = place_of(args.store)
+    # Features alone make no index, and looking at their rows is to work all the same.
+    only_rows = (place.local / "rows").is_dir() and not index_path(place.local).exists()
+    read_only = args.graph_command in ("ls", "show", "why") and not only_rows
     store = open_store(args.store, tenant=args.tenant, read_only=read_only)
     return actions[args.graph_command](store, args)
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainonce.errors import EncodingError
+from trainonce.errors import EncodingError, GraphError
 from trainonce.graph import inputs
 from trainonce.graph.code_objects import content_of
 from trainonce.graph.digest import combine, register
@@ -145,7 +145,21 @@ def nodes_in(value: object) -> list[Node[Any]]:
 
 
 def inputs_first(value: object, is_known: Callable[[Node[Any]], bool]) -> list[Node[Any]]:
-    """Return all nodes in a value and below that are not known yet, inputs before users."""
+    """Return all nodes in a value and below that are not known yet, inputs before users.
+
+    Raises:
+        GraphError: The value contains itself, or is nested too deeply.
+    """
+    try:
+        return _inputs_first(value, is_known)
+    except RecursionError:
+        raise GraphError(
+            "an input contains itself, or is nested too deeply to be searched for nodes",
+            hint="pass flat data, such as a list of edges in place of linked objects",
+        ) from None
+
+
+def _inputs_first(value: object, is_known: Callable[[Node[Any]], bool]) -> list[Node[Any]]:
     ordered: dict[int, Node[Any]] = {}
     stack: list[tuple[Node[Any], bool]] = [(n, False) for n in reversed(nodes_in(value))]
     while stack:

@@ -35,7 +35,6 @@ def test_tables_are_listed_shown_and_explained_part_by_part(encoder, tmp_path, c
     with torch.no_grad():
         encoder.weight += 1
     other = compute(encoder, tmp_path).fingerprint.digest
-    once.open_store(tmp_path).close()
     code, out = run(capsys, tmp_path, "ls")
     assert code == 0
     assert out.count("features(Counting), 40 rows") == 2

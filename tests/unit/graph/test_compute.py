@@ -200,6 +200,13 @@ def test_a_failing_node_shows_key_inputs_and_traceback_and_is_not_cached(store):
     assert store.index.entries(fail.name) == []
 
 
+def test_an_input_that_contains_itself_is_refused(store):
+    loop: list[object] = []
+    loop.append(loop)
+    with pytest.raises(GraphError, match="contains itself"):
+        once.compute(double(loop), store=store)
+
+
 def test_what_has_no_digest_is_evaluated_each_time_and_says_why(store):
     @once.node(version="1")
     def first(source):

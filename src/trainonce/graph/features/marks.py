@@ -22,11 +22,12 @@ _KEEPING = frozenset(
         torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.clone,
     }
 )  # fmt: skip
+_DATA: Any = torch.Tensor.data
 # What hands out the memory, so that writes to it leave no trace.
 _EXPOSING = frozenset(
     {
         torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__,
-        torch.Tensor.data.__get__, torch.Tensor.untyped_storage, torch.Tensor.data_ptr,
+        _DATA.__get__, torch.Tensor.untyped_storage, torch.Tensor.data_ptr,
     }
 )  # fmt: skip
 

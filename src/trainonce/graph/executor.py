@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # An output that changes at every re-evaluation would have its dependents keyed anew for ever.
 _MAX_RESTARTS = 3
 _DEFER_S = 0.2
+# Whoever evaluates a node may be waiting in a collective for the rank that asks for it. Ranks
+# that ask at the same moment are worth a short wait; a longer one could be a deadlock.
+_RANK_WAIT_S = 5.0
 
 
 def compute(
@@ -59,7 +62,7 @@ def compute(
         strict: Read every input file, even if its size and time stamps are unchanged.
         wait_s: How long to wait for a node that another process evaluates, before it is
             evaluated here as well; without end if None, except that a process that has joined
-            a process group of `torch.distributed` never waits.
+            a process group of `torch.distributed` waits for 5 s at most.
         dry_run: Run nothing; return a `Plan` of what would run.
         progress: Show counts, hits and the time left on stderr, or call this with a `Progress`.
 
@@ -77,7 +80,7 @@ def compute(
     with unwatched():
         opened = store if isinstance(store, Store) else store_at(store)
         if wait_s is None and _is_distributed():
-            wait_s = 0.0
+            wait_s = _RANK_WAIT_S
         nested = outer is not None
         how = Settings(store=opened, refresh=refresh, strict=strict, wait_s=wait_s, nested=nested)
         if dry_run:

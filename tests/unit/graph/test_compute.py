@@ -26,6 +26,7 @@ from trainonce.errors import (
     LazyNodeError,
     NodeError,
 )
+from trainonce.graph import executor
 from trainonce.graph.places import Place
 from trainonce.graph.store import Store
 from trainonce.graph.why import why
@@ -679,4 +680,17 @@ def test_a_rank_that_must_not_wait_computes_without_a_claim(tmp_path):
     assert claim is not None
     assert once.compute(node, store=store, wait_s=0.0) == 10
     assert store.lookup(key) is not None
+    store.release(claim)
+
+
+def test_a_rank_of_a_process_group_waits_shortly_and_then_computes(store, monkeypatch):
+    monkeypatch.setattr(executor, "_is_distributed", lambda: True)
+    monkeypatch.setattr(executor, "_RANK_WAIT_S", 0.2)
+    node = add(5, 6)
+    claim = store.claim(why(node, store=store).key, "a rank that waits for us in a collective")
+    assert claim is not None
+    started_s = time.monotonic()
+    assert once.compute(node, store=store) == 11
+    assert time.monotonic() - started_s >= 0.2
+    claim.renew()  # it is still the other's
     store.release(claim)

@@ -22,6 +22,7 @@
     ├── GraphError (RuntimeError)           a node of the graph cannot be built or evaluated
     │   ├── UnhashableError (TypeError)     a value that has no digest; `path` says where it sits
     │   ├── LazyNodeError (TypeError)       a lazy node used where its value is needed
+    │   ├── InputFileError (OSError)        a file or folder that goes into a node cannot be read
     │   ├── NodeError                       a node's function failed; holds its key and traceback
     │   └── InputMutatedError               a node's function changed one of its inputs
     ├── StoreError (RuntimeError)           a store that cannot be opened, read or written
@@ -145,6 +146,10 @@ class UnhashableError(GraphError, TypeError):
 
 class LazyNodeError(GraphError, TypeError):
     """A lazy node was used where its value is needed."""
+
+
+class InputFileError(GraphError, OSError):
+    """A file or folder that goes into a node cannot be read."""
 
 
 class NodeError(GraphError):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from trainonce.errors import ConfigError
 from trainonce.graph import upkeep
 from trainonce.graph.digest import digest_file
+from trainonce.graph.index import index_path
+from trainonce.graph.places import place_of
 from trainonce.graph.store import Store, open_store
 from trainonce.graph.why import compare
 
@@ -33,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return commands.add_parser(name, help=summary, description=summary, parents=[common])
 
     add("ls", "list stored results").add_argument("node", nargs="?", help="only this node")
-    add("show", "show one result").add_argument("key", help="the beginning of its key")
+    add("show", "show one result").add_argument(
+        "key", help="the beginning of its key, or the name of a node, for its last result"
+    )
     add("why", "explain a result against the one nearest to it").add_argument(
         "key", help="the beginning of its key, or the name of a node"
     )
@@ -54,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     actions: dict[str, Callable[[Store, argparse.Namespace], int]] = {
         "ls": _ls, "show": _show, "why": _why, "gc": _gc, "verify": _verify, "forget": _forget,
     }  # fmt: skip
-    read_only = args.graph_command in ("ls", "show", "why")
+    place = place_of(args.store)
+    # Features alone make no index, and looking at their rows is to work all the same.
+    only_rows = (place.local / "rows").is_dir() and not index_path(place.local).exists()
+    read_only = args.graph_command in ("ls", "show", "why") and not only_rows
     store = open_store(args.store, tenant=args.tenant, read_only=read_only)
     return actions[args.graph_command](store, args)
 
@@ -148,8 +155,7 @@ def _why(store: Store, args: argparse.Namespace) -> int:
     table = _table(store, args.key)
     if table is not None:
         return _why_table(store, table, args)
-    entries = store.index.entries(args.key) or [_entry(store, args.key)]
-    entry = entries[0]
+    entry = _entry(store, args.key)
     others = [other for other in store.index.entries(entry.node) if other.key != entry.key]
     ranked = sorted(others, key=lambda other: len(compare(entry, other)))
     changes = compare(entry, ranked[0]) if ranked else ()
@@ -205,6 +211,8 @@ def _forget(store: Store, args: argparse.Namespace) -> int:
         rows = upkeep.tombstones(store)
         if args.json:
             _print([{"digest": d, "what": what, "wall_s": wall_s} for d, what, wall_s in rows])
+        elif not rows:
+            print("nothing was forgotten")
         for digest, what, wall_s in () if args.json else rows:
             when = time.strftime("%Y-%m-%d", time.localtime(wall_s))
             print(f"{digest[:16]}  {when}  {what}")
@@ -239,11 +247,12 @@ def _digests(sources: list[str]) -> list[str]:
 
 
 def _entry(store: Store, prefix: str) -> Entry:
-    found = store.index.find(prefix)
+    found = (store.index.find(prefix) if prefix else []) or store.index.entries(prefix)[:1]
     if len(found) != 1:
         raise ConfigError(
-            f"{len(found)} results have a key that begins with {prefix!r}",
-            hint="`trainonce graph ls` lists the keys",
+            f"{len(found)} results have a key that begins with {prefix!r}, and no node has that "
+            "name",
+            hint="`trainonce graph ls` lists keys and names",
         )
     return found[0]
 

@@ -6,14 +6,20 @@ It must be a plain function of picklable things: process pools carry it to their
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
+import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trainonce.errors import UnhashableError
+from trainonce.graph.digest import digest
 from trainonce.graph.numerics import pinned_threads
 from trainonce.graph.purity import Watch
+from trainonce.graph.shipping import ByValue
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -32,12 +38,14 @@ class Outcome:
         value: What it returned.
         seconds: How long it took.
         reasons: What it did that its key does not show.
+        mutated: Arguments that it changed, where that was looked at.
         error: What it raised, with `trace` as text; None if it returned.
     """
 
     value: Any = None
     seconds: float = 0.0
     reasons: list[str] = field(default_factory=lambda: [])
+    mutated: list[str] = field(default_factory=lambda: [])
     error: BaseException | None = None
     trace: str = ""
 
@@ -75,6 +83,49 @@ def call(
         outcome.seconds = time.perf_counter() - started
     outcome.reasons = watch.reasons
     return outcome
+
+
+def call_elsewhere(
+    function: NodeFunction[..., Any] | ByValue,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *how: Any,
+) -> Outcome:
+    """Do what `call` does in a process from which the outcome travels back.
+
+    Changed arguments are noticed here, since its caller has others. What cannot travel becomes an
+    exception that says so: some pools break by it, and others wait for ever.
+    """
+    if isinstance(function, ByValue):
+        function = function.load()
+    values = function.signature.bind(*args, **kwargs).arguments
+    before = _digests(values)
+    outcome = call(function, args, kwargs, *how)
+    after = _digests(values)
+    outcome.mutated = [name for name in before if after.get(name) != before[name]]
+    try:
+        pickle.dumps(outcome.error)
+        copy.copy(outcome.error)  # made again as unpickling does it
+    except Exception:
+        error = outcome.error
+        outcome.error = RuntimeError(f"{type(error).__name__}: {error}")
+    # Dask, loky and Ray send by cloudpickle what pickle does not take.
+    dumps = getattr(sys.modules.get("cloudpickle"), "dumps", pickle.dumps)
+    try:
+        dumps(outcome.value, protocol=5, buffer_callback=lambda _: None)
+    except Exception as error:
+        outcome.value = None
+        outcome.error = TypeError(f"what it returned cannot be sent to another process: {error}")
+    return outcome
+
+
+def _digests(values: dict[str, Any]) -> dict[str, str]:
+    """Return the digests of arguments that have one here: files have theirs from the caller."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        with contextlib.suppress(UnhashableError):
+            found[name] = digest(value)
+    return found
 
 
 _state = threading.Condition()

@@ -41,7 +41,7 @@ from trainonce.graph.code_objects import (
     without_docstrings,
 )
 from trainonce.graph.digest import combine, digest, unhashable
-from trainonce.graph.packages import Origin, origin_of
+from trainonce.graph.packages import Origin, module_name, origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -57,6 +57,7 @@ _CLASS_INCIDENTAL = frozenset({
     "__doc__", "__module__", "__dict__", "__weakref__", "__firstlineno__", "_abc_impl",
     "__static_attributes__", "__annotate__", "__annotate_func__", "__annotations_cache__",
     "__type_params__", "__parameters__", "__match_args__", "__qualname__",
+    "__slotnames__",  # kept there by the first copy or pickle of an object
 })  # fmt: skip
 
 
@@ -176,8 +177,9 @@ class _Walk:
             self._globals_of(value, path)
         if id(value) in self._names:
             return self._names[id(value)]
-        module = value.__name__ if isinstance(value, types.ModuleType) else module_of(value)
-        full = module if isinstance(value, types.ModuleType) else f"{module}.{qualname_of(value)}"
+        is_module = isinstance(value, types.ModuleType)
+        module = module_name(value.__name__) if is_module else module_of(value)
+        full = module if is_module else f"{module}.{qualname_of(value)}"
         origin = origin_of(module)
         if not origin.is_project:
             self._library(origin)
@@ -320,7 +322,7 @@ class _Walk:
             if isinstance(value, types.ModuleType):
                 self.name_of(value, where, live=False)
             elif not key.startswith("__"):
-                self._used(value, f"{module.__name__}.{key}", where)
+                self._used(value, f"{module_name(module.__name__)}.{key}", where)
 
     def _check_loaded(self, name: str, module: types.ModuleType, file: Path) -> None:
         """Refuse a module whose file was edited after this process imported it."""
@@ -415,7 +417,7 @@ class _Walk:
             self._widen_module(value, where, cause, live=True)
             return
         if ref.module or not isinstance(root, types.ModuleType):
-            label = f"{function.__module__}.{ref.name or name}"
+            label = f"{module_name(function.__module__)}.{ref.name or name}"
         else:
             label = name
         self._used(value, label, where)

@@ -12,7 +12,7 @@ import types
 from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
-from trainonce.graph.packages import origin_of
+from trainonce.graph.packages import module_name, origin_of
 
 if TYPE_CHECKING:
     import dataclasses
@@ -38,7 +38,7 @@ def registry_of(function: types.FunctionType) -> dict[type, Any]:
 
 def full_name(value: Any) -> str:
     """Return module and qualified name of a class or function."""
-    return f"{value.__module__}.{value.__qualname__}"
+    return f"{module_name(value.__module__)}.{value.__qualname__}"
 
 
 def is_only_added_to(value: Any) -> bool:
@@ -68,10 +68,10 @@ def module_of(value: Any) -> str:
     """Return the name of the module that a function or class is defined in."""
     module = getattr(value, "__module__", None)
     if isinstance(module, str) and module:
-        return module
+        return module_name(module)
     owner = getattr(value, "__objclass__", getattr(value, "__self__", value))
     if isinstance(owner, types.ModuleType):
-        return owner.__name__
+        return module_name(owner.__name__)
     return (owner if isinstance(owner, type) else type(owner)).__module__
 
 
@@ -83,7 +83,7 @@ def qualname_of(value: Any) -> str:
 def dotted_name(value: Any, fallback: str) -> str:
     """Return the name a thing has where it is defined: `time.time`, however it was imported."""
     if isinstance(value, types.ModuleType):
-        return value.__name__
+        return module_name(value.__name__)
     if value is os.environ or value is os.environb:
         return "os.environ"
     if isinstance(value, type) or is_code(value):

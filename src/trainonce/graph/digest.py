@@ -22,6 +22,7 @@ import xxhash
 from blake3 import blake3
 
 from trainonce.errors import TrainOnceError, UnhashableError
+from trainonce.graph.packages import module_name
 
 if TYPE_CHECKING:
     import os
@@ -150,7 +151,7 @@ def register(cls: type, fields: Callable[[Any], object]) -> None:
         cls: The exact type; subclasses may hold more, so they are registered on their own.
         fields: Returns plain values that together determine the object.
     """
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = f"{module_name(cls.__module__)}.{cls.__qualname__}"
 
     def encode(encoder: Encoder, value: Any, path: str) -> None:
         encoder.record("registered", name, fields(value), path=path)

@@ -26,6 +26,7 @@ import numpy as np
 
 from trainonce.graph import frame_encoders
 from trainonce.graph.digest import Encoder, Handler, handles, resolves, unhashable
+from trainonce.graph.packages import module_name
 
 if TYPE_CHECKING:
     import torch
@@ -372,4 +373,6 @@ def _is_pure_python(cls: type) -> bool:
 def _has_python_source(cls: type) -> bool:
     module = sys.modules.get(cls.__module__)
     file = getattr(module, "__file__", None)
-    return cls.__module__ == "__main__" or (file is not None and str(file).endswith(".py"))
+    return module_name(cls.__module__) == "__main__" or (
+        file is not None and str(file).endswith(".py")
+    )

@@ -9,12 +9,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import (
     EncodingError,
     GraphError,
+    InputFileError,
     InputMutatedError,
     LeaseLostError,
     NodeError,
@@ -22,12 +24,15 @@ from trainonce.errors import (
     UnhashableError,
 )
 from trainonce.graph import inputs
-from trainonce.graph.call import Outcome, call
+from trainonce.graph.call import Outcome, call, call_elsewhere
+from trainonce.graph.expansion import Expansion, expansion_key, nodes_in, rebuild, record
 from trainonce.graph.index import Entry
 from trainonce.graph.keys import ActionKey, Keys
 from trainonce.graph.node import File, Node
+from trainonce.graph.shipping import shipped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Executor
 
     from trainonce.graph.store import Claim, Store
@@ -48,7 +53,9 @@ class Task:
     Args:
         node: The node.
         deps: The tasks of its inputs.
+        parent: The task whose function returned the node; None if it was asked for.
         expansion: What its function returned, where that holds nodes.
+        recorded: The entry from which the expansion was read, and how long that took.
         output: Digest of the result, bound to the tenant; None where it has none.
         how: "hit", "run" or "shared", once it is settled.
         deferred: Somebody else evaluates it: others come first, then it is tried again.
@@ -58,8 +65,10 @@ class Task:
 
     node: Node[Any]
     deps: list[Task] = field(default_factory=lambda: [])
+    parent: Task | None = None
     key: ActionKey = field(default_factory=ActionKey)
     expansion: Any = UNSET
+    recorded: tuple[Entry, float] | None = None
     entry: Entry | None = None
     output: str | None = None
     value: Any = UNSET
@@ -102,15 +111,35 @@ class Evaluator:
             settings.store,
             strict=settings.strict,
             output_of=lambda node: self._known(node).output,
-            key_of=lambda node: self._known(node).key.key,
+            made_from=lambda node: _made_from(self._known(node), self._known),
         )
 
     def look_up(self, task: Task) -> None:
-        """Give a task whose inputs are settled its key, and settle it if its output is known."""
-        task.key = self.keys.make(task.node)
-        entry = None if self._wants_refresh(task) else self._lookup(task)
+        """Give a task whose inputs are settled its key, and settle it if its output is known.
+
+        Where the nodes that its function returned are known, it has an expansion instead.
+
+        Raises:
+            InputFileError: A file or folder among its inputs cannot be read.
+        """
+        try:
+            task.key = self.keys.make(task.node)
+        except OSError as error:
+            folder = isinstance(error, IsADirectoryError)
+            raise InputFileError(
+                f"an input of {task.node.name} cannot be read: {error}",
+                hint="`once.Dir` is for folders" if folder else None,
+            ) from error
+        if task.parent is not None:
+            above = task.parent.key
+            task.key.come_from([("node", above.key), *above.lineage], above.sources)
+        if self._wants_refresh(task):
+            return
+        entry = self._lookup(task, task.key.key)
         if entry is not None:
             self._hit(task, entry)
+        else:
+            self._look_up_expansion(task)
 
     def run(self, task: Task) -> None:
         """Run a task that was looked up in vain.
@@ -128,10 +157,13 @@ class Evaluator:
     def finish_expansion(self, task: Task) -> None:
         """Settle a task whose function returned nodes, now that these are settled."""
         try:
-            task.output = self.keys.digest(task.expansion, "result")
+            if isinstance(task.expansion, Node):
+                task.output = self._known(task.expansion).output
+            else:
+                task.output = self.keys.digest(task.expansion, "result")
         except UnhashableError as error:
             task.key.reasons.append(error.message)
-        task.how, task.settled = "run", True
+        task.how, task.settled = "hit" if task.recorded else "run", True
 
     def value_of(self, task: Task) -> Any:
         """Return the value of a settled task, read from the store or computed again.
@@ -175,18 +207,45 @@ class Evaluator:
         options = task.node.function.options
         return bool(self.settings.store and task.key.key and options.cache and not task.key.reasons)
 
-    def _lookup(self, task: Task) -> Entry | None:
+    def _lookup(self, task: Task, key: str) -> Entry | None:
         store = self.settings.store
         if store is None or not self._is_cached(task):
             return None
         try:
-            return store.lookup(task.key.key)
+            return store.lookup(key)
         except StoreError as error:
             store.trouble(str(error))
             return None
 
     def _hit(self, task: Task, entry: Entry) -> None:
         task.entry, task.output, task.how, task.settled = entry, entry.output, "hit", True
+
+    def _expansion_key(self, task: Task) -> str:
+        assert self.settings.store is not None
+        return self.settings.store.bind(expansion_key(task.key.key, task.node))
+
+    def _look_up_expansion(self, task: Task) -> bool:
+        """Give a task the expansion that is known of it; return whether one is."""
+        store = self.settings.store
+        if store is None or not self._is_cached(task):
+            return False
+        entry = self._lookup(task, self._expansion_key(task))
+        loaded = store.load(entry) if entry is not None else None
+        if entry is None or loaded is None:
+            return False
+        try:
+            if not isinstance(loaded.value, Expansion):
+                return False
+            task.expansion = rebuild(loaded.value, task.node)
+        except EncodingError:
+            return False  # the function is called again, and says what it returns now
+        task.recorded = (entry, loaded.read_s)
+        return True
+
+    def use_expansion(self, task: Task) -> None:
+        """Book that a function need not be called, since what it returned is known."""
+        if task.recorded is not None:
+            self._note_use(task, *task.recorded)
 
     def _note_use(self, task: Task, entry: Entry, read_s: float) -> None:
         assert self.settings.store is not None
@@ -198,7 +257,9 @@ class Evaluator:
     def _run(self, task: Task) -> None:
         """Run a task under a claim, unless somebody else commits it meanwhile."""
         claim = self._claim(task)
-        if task.deferred or (task.settled and claim is None and task.value is not UNSET):
+        if task.deferred or (claim is None and (task.settled and task.value is not UNSET)):
+            return
+        if claim is None and task.recorded is not None:
             return
         try:
             if claim is None:
@@ -246,7 +307,7 @@ class Evaluator:
         entry = store.lookup(task.key.key)
         loaded = store.load(entry) if entry is not None else None
         if entry is None or loaded is None:
-            return False
+            return self._look_up_expansion(task)
         self._hit(task, entry)
         self._note_use(task, entry, loaded.read_s)
         task.value = loaded.value
@@ -262,12 +323,12 @@ class Evaluator:
         outcome = self._call(task, values)
         if outcome.error is not None:
             raise _failure(task, outcome, values) from outcome.error
-        self._check_inputs(task, values, before)
-        if any(isinstance(item, Node) for item in inputs.find(outcome.value)):
-            task.expansion = outcome.value
-            return
+        self._check_inputs(task, values, before, outcome.mutated)
         task.seconds = outcome.seconds
         task.doubts = [*task.key.reasons, *outcome.reasons, *self._changes(task)]
+        if nodes_in(outcome.value):
+            self._expand(task, values, outcome, claim)
+            return
         reasons = list(task.doubts)
         task.value, task.how, task.settled = outcome.value, "run", True
         try:
@@ -279,7 +340,7 @@ class Evaluator:
             reasons.append(error.message)
         if not node.function.options.cache:
             reasons.append(_DECLARED)
-        self._keep(task, outcome, reasons, claim)
+        self._keep(task, reasons, claim)
 
     def _call(self, task: Task, values: dict[str, Any]) -> Outcome:
         full = inspect.BoundArguments(task.node.bound.signature, OrderedDict(values))
@@ -288,14 +349,27 @@ class Evaluator:
         alone = None if self.settings.nested else task.key.alone
         if executor is None:
             return call(task.node.function, full.args, full.kwargs, declared, task.gpus, alone)
+        function = shipped(task.node.function, executor)
         try:
             return executor.submit(
-                call, task.node.function, full.args, full.kwargs, declared, task.gpus, alone
+                call_elsewhere,
+                function,
+                full.args,
+                full.kwargs,
+                declared,
+                task.gpus,
+                alone,
             ).result()
         except Exception as error:
+            died = isinstance(error, BrokenExecutor)
             raise GraphError(
-                f"{task.node.name} cannot be run by {type(executor).__name__}: {error}",
-                hint="a process pool needs functions that can be imported and inputs that pickle",
+                f"{task.node.name} cannot be run by {type(executor).__name__}: "
+                f"{error or repr(error)}",
+                hint="a process of the pool ended: it crashed, had too little memory, or cannot "
+                "import what it was sent"
+                if died
+                else "a process pool needs functions that can be imported, inputs and results "
+                "that pickle",
             ) from error
 
     def _digests(self, values: dict[str, Any]) -> dict[str, str]:
@@ -303,19 +377,21 @@ class Evaluator:
         for name, value in values.items():
             try:
                 found[name] = self.keys.digest(value, name)
-            except UnhashableError:
+            except (UnhashableError, OSError):  # a file that is gone has changed
                 continue
         return found
 
-    def _check_inputs(self, task: Task, values: dict[str, Any], before: dict[str, str]) -> None:
+    def _check_inputs(
+        self, task: Task, values: dict[str, Any], before: dict[str, str], mutated: list[str]
+    ) -> None:
         after = self._digests({name: values[name] for name in before})
-        changed = sorted(name for name in before if after.get(name) != before[name])
+        changed = sorted({*mutated, *(n for n in before if after.get(n) != before[n])})
         files = [n for n in changed if any(isinstance(f, File) for f in inputs.find(values[n]))]
         if files:
             task.key.reasons.append(f"the files of {files} changed while it ran")
-        if mutated := sorted(set(changed) - set(files)):
+        if others := sorted(set(changed) - set(files)):
             raise InputMutatedError(
-                f"{task.node.name} changed its input {', '.join(mutated)}",
+                f"{task.node.name} changed its input {', '.join(others)}",
                 hint="work on a copy: other nodes share the input, and its digest names it",
             )
 
@@ -323,37 +399,83 @@ class Evaluator:
         """Return what the key would not say if it were made now."""
         if not task.key.key:
             return []
-        again = self.keys.make(task.node)
+        try:
+            again = self.keys.make(task.node)
+        except OSError as error:
+            return [f"an input could not be read afterwards: {error}"]
         if again.key == task.key.key:
             return []
         names = {n for n, v in again.parts.items() if task.key.parts.get(n) != v}
         names |= set(task.key.parts) - set(again.parts)
         return [f"it changed what its own key is made of: {', '.join(sorted(names))}"]
 
-    def _keep(self, task: Task, outcome: Outcome, reasons: list[str], claim: Claim | None) -> None:
+    def _expand(
+        self, task: Task, values: dict[str, Any], outcome: Outcome, claim: Claim | None
+    ) -> None:
+        """Take what a function returned, which holds nodes, and keep a record of it."""
+        task.expansion, task.recorded = outcome.value, None
+        store = self.settings.store
+        if store is None or store.read_only:
+            return
+        reasons = list(task.doubts)
+        if not task.node.function.options.cache:
+            reasons.append(_DECLARED)
+        found: Expansion | None = None
+        try:
+            found = record(task.node, values, outcome.value, lambda n: self.value_of(self._task(n)))
+            # The form it will have when it is read, so that its nodes have the same keys.
+            task.expansion = rebuild(found, task.node)
+        except EncodingError as error:
+            reasons.append(error.message)
+        if reasons or found is None:
+            self._note_uncached(task, store, reasons)
+            return
+        try:
+            key = self._expansion_key(task)
+            output = self.keys.digest(found, "expansion")
+            entry = self._entry(task, key, output, returned=f"{len(found.calls)} nodes")
+            replace = self._wants_refresh(task)
+            stands = store.commit(entry, found, claim=claim, replace=replace, whole=True)
+            if stands.output != output:
+                self._look_up_expansion(task)  # somebody was first
+        except LeaseLostError as error:
+            store.trouble(str(error))
+            self._look_up_expansion(task)
+        except (EncodingError, StoreError, UnhashableError) as error:
+            self._note_uncached(task, store, [error.message])
+
+    def _entry(self, task: Task, key: str, output: str, **shown: str) -> Entry:
+        return Entry(
+            key=key,
+            node=task.node.name,
+            output=output,
+            seconds=task.seconds,
+            parts=task.key.parts,
+            shown={**task.key.shown, **shown},
+            lineage=task.key.lineage,
+            sources=task.key.sources,
+            numerics=task.node.function.options.numerics,
+            wall_s=time.time(),
+        )
+
+    def _note_uncached(self, task: Task, store: Store, reasons: list[str]) -> None:
+        task.key.reasons = reasons
+        if reasons != [_DECLARED]:
+            _warn(task.node.name, "; ".join(reasons))
+        try:
+            store.note_uncached(task.node.name, "; ".join(reasons))
+        except StoreError as error:
+            store.trouble(str(error))
+
+    def _keep(self, task: Task, reasons: list[str], claim: Claim | None) -> None:
         store, made = self.settings.store, task.key
         if store is None:
             return
+        if reasons:
+            self._note_uncached(task, store, reasons)
+            return
         try:
-            if reasons:
-                made.reasons = reasons
-                if reasons != [_DECLARED]:
-                    _warn(task.node.name, "; ".join(reasons))
-                store.note_uncached(task.node.name, "; ".join(reasons))
-                return
-            entry = Entry(
-                key=made.key,
-                node=task.node.name,
-                output=task.output or "",
-                seconds=outcome.seconds,
-                parts=made.parts,
-                shown=made.shown,
-                lineage=made.lineage,
-                sources=made.sources,
-                numerics=task.node.function.options.numerics,
-                wall_s=time.time(),
-            )
-            self._commit(task, store, entry, claim)
+            self._commit(task, store, self._entry(task, made.key, task.output or ""), claim)
         except LeaseLostError as error:
             self._adopt_winner(task, store, error)
         except (EncodingError, StoreError) as error:
@@ -373,6 +495,26 @@ class Evaluator:
         entry = store.lookup(task.key.key)
         if entry is not None and entry.output != task.output:
             task.entry, task.output, task.value = entry, entry.output, UNSET
+
+
+def _made_from(
+    task: Task, known: Callable[[Node[Any]], Task]
+) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """Return what a settled task was made from: lineage and sources.
+
+    An entry tells that by itself. Of what has none, what it was given and what its function
+    returned counts in its place, so that forgetting a source reaches what lies beyond.
+    """
+    lineage = [("node", task.key.key)] if task.key.key else []
+    if task.entry is not None:
+        return lineage, {}
+    lineage += task.key.lineage
+    sources = dict(task.key.sources)
+    for node in [] if task.expansion is UNSET else nodes_in(task.expansion):
+        names, files = _made_from(known(node), known)
+        lineage += names
+        sources.update(files)
+    return lineage, sources
 
 
 @functools.lru_cache(maxsize=1024)

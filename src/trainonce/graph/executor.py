@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from trainonce import settings
-from trainonce.errors import ConfigError
+from trainonce.errors import ConfigError, GraphError
 from trainonce.graph import inputs
 from trainonce.graph.evaluate import UNSET, Evaluator, OutputChangedError, Settings, Task
-from trainonce.graph.node import Node
+from trainonce.graph.expansion import inputs_first, nodes_in
 from trainonce.graph.progress import Plan, Printer, Progress, Step
 from trainonce.graph.purity import Watch, unwatched, watch_here
 from trainonce.graph.store import Store, open_store
@@ -29,9 +29,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
+    from trainonce.graph.node import Node
+
 # An output that changes at every re-evaluation would have its dependents keyed anew for ever.
 _MAX_RESTARTS = 3
 _DEFER_S = 0.2
+# Whoever evaluates a node may be waiting in a collective for the rank that asks for it. Ranks
+# that ask at the same moment are worth a short wait; a longer one could be a deadlock.
+_RANK_WAIT_S = 5.0
 
 
 def compute(
@@ -51,13 +56,13 @@ def compute(
         values: Nodes, or lists, tuples, dicts and dataclasses that hold nodes.
         store: A store, or where it is; `TRAINONCE_STORE` or the default folder if None.
         executor: "threads" of this process; "processes", for functions that can be imported;
-            or any `concurrent.futures.Executor`.
-        workers: CPU threads that nodes may occupy together; all there are by default.
+            or any `concurrent.futures.Executor`, which then decides where GPUs are.
+        workers: CPU threads that nodes may occupy together; all of this host by default.
         refresh: Evaluate every node, and keep the new results.
         strict: Read every input file, even if its size and time stamps are unchanged.
         wait_s: How long to wait for a node that another process evaluates, before it is
             evaluated here as well; without end if None, except that a process that has joined
-            a process group of `torch.distributed` never waits.
+            a process group of `torch.distributed` waits for 5 s at most.
         dry_run: Run nothing; return a `Plan` of what would run.
         progress: Show counts, hits and the time left on stderr, or call this with a `Progress`.
 
@@ -67,13 +72,15 @@ def compute(
     Raises:
         NodeError: A function failed; it holds the node's key, inputs and traceback.
         InputMutatedError: A function changed its input.
+        InputFileError: A file or folder among the inputs cannot be read.
         ConfigError: A node wants more GPUs than there are.
+        GraphError: The executor cannot run a node, or a node waits for itself.
     """
     outer = watch_here()
     with unwatched():
         opened = store if isinstance(store, Store) else store_at(store)
         if wait_s is None and _is_distributed():
-            wait_s = 0.0
+            wait_s = _RANK_WAIT_S
         nested = outer is not None
         how = Settings(store=opened, refresh=refresh, strict=strict, wait_s=wait_s, nested=nested)
         if dry_run:
@@ -81,7 +88,9 @@ def compute(
         show = Printer() if progress is True else (progress or None)
         with _opened(executor, workers) as inner:
             how = replace(how, executor=inner)
-            run, results = _finish(values, how, workers, show)
+            run, results = _finish(
+                values, how, Resources.of(workers, elsewhere=isinstance(executor, Executor)), show
+            )
     if outer is not None:
         run.tell(outer)
     return results[0] if len(results) == 1 else tuple(results)
@@ -90,13 +99,13 @@ def compute(
 def _finish(
     values: tuple[Any, ...],
     how: Settings,
-    workers: int | None,
+    resources: Resources,
     show: Callable[[Progress], None] | None,
 ) -> tuple[_Run, list[Any]]:
     """Evaluate everything; what is downstream of an output that changed runs again."""
     for attempt in range(_MAX_RESTARTS + 1):
         how = replace(how, accept_changes=attempt == _MAX_RESTARTS)
-        run = _Run(values, how, Resources.of(workers), show)
+        run = _Run(values, how, replace(resources), show)
         try:
             return run, run.results()
         except OutputChangedError:
@@ -141,38 +150,42 @@ def settle(
     return [run.task_of(node) for node in nodes]
 
 
-def plan_of(node: Node[Any], store: Store, resources: Resources) -> Task:
-    """Return what is known of a node without running anything: its task, with key and entry."""
+def plan_of(node: Node[Any], store: Store, resources: Resources) -> tuple[Task, Plan]:
+    """Return what is known of a node without running anything: its task, and all that it needs."""
     run = _Run((node,), Settings(store=store), resources, None)
-    run.plan()
-    return run.task_of(node)
+    plan = run.plan()
+    return run.task_of(node), plan
 
 
 @dataclass
 class Resources:
-    """What running nodes occupy: CPU threads, and GPUs by index."""
+    """What running nodes occupy: CPU threads, and GPUs by index.
+
+    With `elsewhere` nodes run where this process does not know what GPUs there are.
+    """
 
     threads: int
-    gpus: list[int]
+    elsewhere: bool = False
+
+    def __post_init__(self) -> None:
+        self.gpus: list[int] = []
+        self.total_threads = self.threads
+        self._knows_gpus = False
 
     @classmethod
-    def of(cls, workers: int | None) -> Resources:
+    def of(cls, workers: int | None, *, elsewhere: bool = False) -> Resources:
         """Return what this host has; `workers` limits the threads."""
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return cls(workers or cpus or 1, [])
+        return cls(workers or cpus or 1, elsewhere)
 
     def need(self, task: Task) -> tuple[int, int]:
         """Return the threads and GPUs of a task; more threads than there are take all."""
         options = task.node.function.options
-        return min(options.threads, self.total_threads), options.gpus
-
-    def __post_init__(self) -> None:
-        self.total_threads = self.threads
-        self._knows_gpus = False
+        return min(options.threads, self.total_threads), 0 if self.elsewhere else options.gpus
 
     def check(self, task: Task) -> None:
         """Raise `ConfigError` if a task can never run here."""
-        wanted = task.node.function.options.gpus
+        wanted = self.need(task)[1]
         if wanted and not self._knows_gpus:
             import torch
 
@@ -249,6 +262,12 @@ class _Run:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+        for task in self._tasks.values():
+            if not task.settled:
+                raise GraphError(
+                    f"{task.node.name} waits for itself: a node that it returns needs its result",
+                    hint="let the recursion end: return a call with other arguments, or a value",
+                )
 
     def task_of(self, node: Node[Any]) -> Task:
         """Return the task of a node."""
@@ -257,52 +276,49 @@ class _Run:
     def plan(self) -> Plan:
         """Return what would be done, looking up what can be."""
         steps: list[Step] = []
-        for task in self._discover(self._values):
+        self._plan(self._discover(self._values), steps)
+        return Plan(steps)
+
+    def _plan(self, tasks: list[Task], steps: list[Step]) -> None:
+        for task in tasks:
+            action = "unknown"
             if all(dep.settled for dep in task.deps):
                 self._evaluator.look_up(task)
                 twin = self._by_key.setdefault(task.key.key or str(id(task)), task)
                 if twin is not task:
                     task.twin, task.settled = twin, twin.settled
                     continue
-                action = "hit" if task.settled else "run"
-            else:
-                action = "unknown"
-            reasons = () if task.settled else tuple(task.key.reasons)
+                action = "hit" if task.settled or task.expansion is not UNSET else "run"
+            reasons = () if action == "hit" else tuple(task.key.reasons)
             steps.append(
                 Step(task.node.name, action, task.key.key, self._last_seconds(task), reasons)
             )
-        return Plan(steps)
+            if task.expansion is not UNSET:
+                self._plan(self._discover(task.expansion, parent=task), steps)
+                if all(self._tasks[id(node)].settled for node in nodes_in(task.expansion)):
+                    self._evaluator.finish_expansion(task)
 
     # -------------------------------------------------------- building
 
     def _add(self, value: object, parent: Task | None = None) -> None:
         """Add the nodes in `value`, and schedule those whose inputs are settled."""
-        added = self._discover(value)
+        added = self._discover(value, parent)
         for task in added:
             self._resources.check(task)
             self._wait_for(task, task.deps)
         if parent is not None:
-            self._wait_for(parent, [self._tasks[id(n)] for n in _nodes_in(value)])
+            self._wait_for(parent, [self._tasks[id(n)] for n in nodes_in(value)])
         for task in added:
             if not self._waiting[task]:
                 self._submit("look up", self._evaluator.look_up, task)
 
-    def _discover(self, value: object) -> list[Task]:
+    def _discover(self, value: object, parent: Task | None = None) -> list[Task]:
         """Make tasks for all new nodes in `value` and below, inputs first."""
         added: list[Task] = []
-        stack: list[tuple[Node[Any], bool]] = [(n, False) for n in reversed(_nodes_in(value))]
-        while stack:
-            node, has_inputs = stack.pop()
-            if id(node) in self._tasks:
-                continue
-            below = _nodes_in(node.bound.arguments)
-            if has_inputs:
-                task = Task(node, deps=[self._tasks[id(n)] for n in below])
-                self._tasks[id(node)] = task
-                added.append(task)
-            else:
-                stack.append((node, True))
-                stack += [(n, False) for n in reversed(below) if id(n) not in self._tasks]
+        for node in inputs_first(value, lambda node: id(node) in self._tasks):
+            deps = [self._tasks[id(n)] for n in nodes_in(node.bound.arguments)]
+            self._tasks[id(node)] = Task(node, deps=deps, parent=parent)
+            added.append(self._tasks[id(node)])
         return added
 
     def _wait_for(self, task: Task, deps: list[Task]) -> None:
@@ -331,9 +347,7 @@ class _Run:
         elif task.deferred:
             self._runnable.append(task)
         elif task.expansion is not UNSET and not task.settled:
-            self._add(task.expansion, parent=task)
-            if not self._waiting[task]:
-                self._settled(task)
+            self._expanded(task)
         else:
             self._settled(task)
         self._dispatch()
@@ -349,8 +363,17 @@ class _Run:
                 self._settled(task)
         elif task.settled:
             self._settled(task)
+        elif task.expansion is not UNSET:
+            self._expanded(task)
         else:
             self._runnable.append(task)
+
+    def _expanded(self, task: Task) -> None:
+        """Go on with the nodes that a function returned, now or when it was recorded."""
+        self._evaluator.use_expansion(task)
+        self._add(task.expansion, parent=task)
+        if not self._waiting[task]:
+            self._settled(task)
 
     def _dispatch(self) -> None:
         for _ in range(len(self._runnable)):
@@ -394,10 +417,6 @@ class _Run:
         if task.entry is not None:
             return task.entry.seconds
         return self._store.index.last_seconds(task.node.name)
-
-
-def _nodes_in(value: object) -> list[Node[Any]]:
-    return [found for found in inputs.find(value) if isinstance(found, Node)]
 
 
 def _is_distributed() -> bool:

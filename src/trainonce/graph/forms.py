@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainonce.graph.packages import module_name
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,7 +29,7 @@ FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {}
 def class_name(cls: type) -> str:
     """Return the name under which the store keeps objects of a class."""
     separator = "." if cls.__module__.partition(".")[0] in _LIBRARIES else ":"
-    return f"{cls.__module__}{separator}{cls.__qualname__}"
+    return f"{module_name(cls.__module__)}{separator}{cls.__qualname__}"
 
 
 def register_codec(

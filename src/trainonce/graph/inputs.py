@@ -11,6 +11,8 @@ from trainonce.graph.node import File, Node
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+KEEP: Any = object()
+
 
 def find(value: object) -> Iterator[Node[Any] | File]:
     """Yield the nodes and files in a value, through plain containers and dataclasses."""
@@ -23,20 +25,35 @@ def find(value: object) -> Iterator[Node[Any] | File]:
 
 def replace(value: Any, put: Callable[[Node[Any]], Any]) -> Any:
     """Return `value` with each node in it replaced; what holds none is passed through as is."""
-    if isinstance(value, Node):
-        return put(cast("Node[Any]", value))
-    if not any(isinstance(found, Node) for found in find(value)):
+    return swap(value, lambda part: put(part) if isinstance(part, Node) else KEEP)
+
+
+def swap(value: Any, put: Callable[[Any], Any]) -> Any:
+    """Return `value` with parts of it replaced, from the outside in.
+
+    Args:
+        value: Anything; searched through plain containers and dataclasses.
+        put: Is given each part, and returns what takes its place, or `KEEP` to look within it.
+    """
+    found = put(value)
+    if found is not KEEP:
+        return found
+    before = _children(value)
+    after = [swap(part, put) for part in before]
+    if all(new is old for new, old in zip(after, before, strict=True)):
         return value
     if isinstance(value, dict):
-        pairs = {replace(key, put): replace(item, put) for key, item in value.items()}
-        return type(value)(pairs)
+        clone = copy.copy(value)  # of a default dict, say, with its factory
+        clone.clear()
+        clone.update(zip(after[::2], after[1::2], strict=True))
+        return clone
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        return cast("Any", type(value))._make(replace(item, put) for item in value)
+        return cast("Any", type(value))._make(after)
     if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value)(replace(item, put) for item in value)
+        return type(value)(after)
     clone = copy.copy(value)
-    for field in dataclasses.fields(value):
-        object.__setattr__(clone, field.name, replace(getattr(value, field.name), put))
+    for field, part in zip(dataclasses.fields(value), after, strict=True):
+        object.__setattr__(clone, field.name, part)
     return clone
 
 

@@ -7,6 +7,8 @@ digest means that there is no key: the node is then evaluated and not cached.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from trainonce.errors import StoreError, UnhashableError
 from trainonce.graph import inputs
 from trainonce.graph.code import Fingerprint, fingerprint, noting_impure
+from trainonce.graph.code_objects import full_name
 from trainonce.graph.digest import combine, digest, digest_file
 from trainonce.graph.node import Dir, File, Node, Resolver, current
 from trainonce.graph.numerics import numerics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
     from trainonce.graph.store import Store
 
@@ -53,6 +57,11 @@ class ActionKey:
     notes: list[str] = field(default_factory=lambda: [])
     alone: bool = False
 
+    def come_from(self, lineage: list[tuple[str, str]], sources: dict[str, str]) -> None:
+        """Add what the call was made from by way of another node."""
+        self.lineage = list(dict.fromkeys([*self.lineage, *lineage]))
+        self.sources = {**sources, **self.sources}
+
 
 class Keys(Resolver):
     """Makes the keys of one `compute`.
@@ -61,7 +70,7 @@ class Keys(Resolver):
         store: Binds digests to its tenant and remembers those of files; None without a store.
         strict: Read every file, whatever its stamps say.
         output_of: Returns the output digest of an evaluated node, None where it has none.
-        key_of: Returns the action key of an evaluated node, empty where it has none.
+        made_from: Returns what an evaluated node was made from: lineage and sources.
     """
 
     def __init__(
@@ -70,12 +79,12 @@ class Keys(Resolver):
         *,
         strict: bool,
         output_of: Callable[[Node[Any]], str | None],
-        key_of: Callable[[Node[Any]], str],
+        made_from: Callable[[Node[Any]], tuple[list[tuple[str, str]], dict[str, str]]],
     ) -> None:
         self._store = store
         self._strict = strict
         self._output_of = output_of
-        self._key_of = key_of
+        self._made_from = made_from
 
     def output_of(self, node: Node[Any]) -> str | None:
         """Return the output digest of an evaluated node."""
@@ -84,10 +93,7 @@ class Keys(Resolver):
     def content_of(self, file: File) -> str:
         """Return the digest of a file's or folder's content."""
         if isinstance(file, Dir):
-            entries = [
-                (name, "folder" if path.is_dir() else self._file(path, file.strict))
-                for name, path in file.files()
-            ]
+            entries = [(name, self._entry(path, file.strict)) for name, path in file.files()]
             return combine("dir", entries)
         return self._file(file.path, file.strict)
 
@@ -148,7 +154,7 @@ class Keys(Resolver):
         made.shown["python"] = "{}.{}".format(*sys.version_info)
         codes = node.function.code
         if len(codes) > 1:
-            self._part(made, "roots", [f"{c.__module__}.{c.__qualname__}" for c in codes])
+            self._part(made, "roots", [full_name(code) for code in codes])
         made.alone = node.function.alone
         for number, reached in enumerate(codes):
             code = fingerprint(reached, path=f"code of {node.name}")
@@ -185,17 +191,21 @@ class Keys(Resolver):
                 made.shown[field] = inputs.describe(value)
             if not found and not isinstance(value, _PLAIN):
                 made.lineage.append(("value", made.parts[field]))
+            lineage: list[tuple[str, str]] = []
             for item in found:
-                self._add_lineage(made, item)
+                if isinstance(item, File):
+                    lineage.append(self._note_file(made, item))
+                else:
+                    names, sources = self._made_from(item)
+                    lineage += names
+                    made.sources.update(sources)
+            made.come_from(lineage, {})
 
-    def _add_lineage(self, made: ActionKey, item: Node[Any] | File) -> None:
-        if isinstance(item, File):
-            content = self._bound(self.content_of(item))
-            path = str(item.path)
-            made.sources[self._bound(path) if self._has_tenant else path] = content
-            made.lineage.append((type(item).__name__.lower(), content))
-        elif key := self._key_of(item):
-            made.lineage.append(("node", key))
+    def _note_file(self, made: ActionKey, file: File) -> tuple[str, str]:
+        content = self._bound(self.content_of(file))
+        path = str(file.path)
+        made.sources[self._bound(path) if self._has_tenant else path] = content
+        return type(file).__name__.lower(), content
 
     def _part(self, made: ActionKey, name: str, value: object, path: str = "value") -> None:
         made.parts[name] = self._digest_of(value, path)
@@ -209,6 +219,16 @@ class Keys(Resolver):
 
     def _bound(self, name: str) -> str:
         return name if self._store is None else self._store.bind(name)
+
+    def _entry(self, path: Path, strict: bool) -> str:
+        """Return what an entry of a folder counts as."""
+        if path.is_dir():
+            return "folder"
+        if path.is_file():
+            return self._file(path, strict)
+        if path.is_symlink():
+            return combine("link to nothing", [("target", os.readlink(path))])
+        raise OSError(errno.EINVAL, "neither a file nor a folder", str(path))
 
     def _file(self, path: Any, strict: bool) -> str:
         if self._store is not None and not (strict or self._strict):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, ca
 from trainonce.errors import ConfigError, GraphError, LazyNodeError
 from trainonce.graph.digest import Encoder, handles, unhashable
 from trainonce.graph.numerics import MODES
+from trainonce.graph.packages import module_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +55,8 @@ class NodeFunction(Generic[P, R]):
     def __init__(self, function: Callable[P, R], options: Options) -> None:
         self.function = function
         self.options = options
-        self.name = f"{function.__module__}.{function.__qualname__}"
+        self.module = module_name(function.__module__)
+        self.name = f"{self.module}.{function.__qualname__}"
         # Whether nothing may run beside it in its process, whatever its code names.
         self.alone = False
         # Whose code the key covers; more where the function calls what users hand over.
@@ -77,7 +79,7 @@ class NodeFunction(Generic[P, R]):
         return self if instance is None else functools.partial(call, instance)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_find_node_function, (self.function.__module__, self.function.__qualname__))
+        return (find_node_function, (self.module, self.function.__qualname__))
 
     def __repr__(self) -> str:
         return f"<node function {self.name}>"
@@ -114,6 +116,13 @@ class Node(Generic[R]):
             f"{self!r} has no value yet, so it cannot be used for {use}",
             hint="call `once.compute(node)` first, or do it within a node",
         )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # An AttributeError, or `hasattr`, copies and pickles would break.
+            hint = "" if name.startswith("__") else "; call `once.compute(node)` for its value"
+            raise AttributeError(f"a lazy node has no attribute {name!r}{hint}")
 
     def __bool__(self) -> bool:
         self._refuse("a condition")
@@ -169,9 +178,12 @@ class Dir(File):
         """Return the relative name and path of each entry below it, sorted.
 
         Folders are entries as well, so that an empty one counts; links are followed.
+
+        Raises:
+            OSError: It is no folder, or one below it cannot be read.
         """
         found: list[tuple[str, Path]] = []
-        for folder, folders, files in os.walk(self.path, followlinks=True):
+        for folder, folders, files in os.walk(self.path, onerror=_raise, followlinks=True):
             base = Path(folder)
             if len(base.parts) - len(self.path.parts) > 100:
                 raise GraphError(f"{self!r} has links that go round in circles")
@@ -236,7 +248,12 @@ def node(
     return NodeFunction(function, settings)
 
 
-def _find_node_function(module: str, qualname: str) -> NodeFunction[..., Any]:
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def find_node_function(module: str, qualname: str) -> NodeFunction[..., Any]:
+    """Return the node function of that name; whatever stands there may be another thing."""
     found: Any = importlib.import_module(module)
     for step in qualname.split("."):
         found = getattr(found, step)
@@ -286,4 +303,6 @@ def _encode_file(encoder: Encoder, value: File, path: str) -> None:
 
 @handles(NodeFunction)
 def _encode_function(encoder: Encoder, value: NodeFunction[..., Any], path: str) -> None:
-    encoder.record("node function", value.function, repr(value.options), path=path)
+    # A declared version stands for its code here as it does in its own key.
+    code = value.function if value.options.version is None else value.name
+    encoder.record("node function", code, repr(value.options), path=path)

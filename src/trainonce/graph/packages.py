@@ -37,15 +37,23 @@ class Origin:
         return self.kind == "project"
 
 
+def module_name(name: str) -> str:
+    """Return the name that a module has in every process.
+
+    The script is `__mp_main__` in the children that `multiprocessing` spawns.
+    """
+    return "__main__" if name == "__mp_main__" else name
+
+
 @functools.lru_cache(maxsize=4096)
-def origin_of(module_name: str) -> Origin:
+def origin_of(name: str) -> Origin:
     """Return where a module comes from, without importing it."""
-    top = module_name.partition(".")[0]
+    top = name.partition(".")[0]
     if top == "trainonce":
         from trainonce import __version__
 
         return Origin("package", top, __version__)
-    if top == "__main__":
+    if module_name(top) == "__main__":
         return Origin("project", top)
     if top in sys.stdlib_module_names:
         return Origin("stdlib", top)

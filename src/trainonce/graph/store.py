@@ -222,7 +222,13 @@ class Store:
     # -------------------------------------------------------- writing
 
     def commit(
-        self, entry: Entry, value: object, *, claim: Claim | None, replace: bool = False
+        self,
+        entry: Entry,
+        value: object,
+        *,
+        claim: Claim | None,
+        replace: bool = False,
+        whole: bool = False,
     ) -> Entry:
         """Keep a result and end its claim; return the entry that stands.
 
@@ -235,6 +241,7 @@ class Store:
             value: The result.
             claim: The claim under which it was computed; None if it was computed without one.
             replace: Let the new result stand, whatever was there.
+            whole: Keep nothing of a result without an encoding, not even its digest.
 
         Raises:
             LeaseLostError: The claim was taken over: nothing is kept.
@@ -248,7 +255,8 @@ class Store:
         try:
             data = codecs.encode(value)
         except EncodingError:
-            self._commit_entry(entry, claim, replace)
+            if not whole:
+                self._commit_entry(entry, claim, replace)
             raise
         entry = dataclasses.replace(entry, blob=self.blobs.name_of(data), size_bytes=len(data))
         with self._pinned(entry.blob):
@@ -495,7 +503,10 @@ def tenant_key(secret: str | bytes) -> bytes:
 def _make_folder(root: Path, *, read_only: bool) -> None:
     if read_only:
         if not index_path(root).exists():
-            raise StoreError(f"there is no store in {root}", hint="it is made by the first write")
+            hint = "it is made by the first write"
+            if (root / "tenants").is_dir():
+                hint = "what it holds belongs to tenants: give their secret"
+            raise StoreError(f"there is no store in {root}", hint=hint)
         return
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -203,12 +203,12 @@ def forget(
 
 def rows_folder(store: Store) -> Path:
     """Return the folder in which features keep their rows beside this store's blobs."""
-    return store.place.local / "rows"
+    return store.root / "rows"
 
 
 def rows_of(store: Store) -> list[Table]:
-    """Return the tables of rows beside this store's blobs; a tenant has none."""
-    return [] if store.tenant_key is not None else tables.tables(rows_folder(store))
+    """Return the tables of rows beside this store's blobs."""
+    return tables.tables(rows_folder(store))
 
 
 def tombstones(store: Store) -> list[tuple[str, str, float]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trainonce.graph.executor import Resources, plan_of
 
 if TYPE_CHECKING:
+    from trainonce.graph.evaluate import Task
     from trainonce.graph.index import Entry
     from trainonce.graph.keys import ActionKey
     from trainonce.graph.node import Node
@@ -68,15 +69,24 @@ class Why:
 
 def why(node: Node[Any], *, store: Store) -> Why:
     """Explain what `compute` would do with a node, without running anything."""
-    task = plan_of(node, store, Resources.of(None))
+    task, plan = plan_of(node, store, Resources.of(None))
     if not all(dep.settled for dep in task.deps):
         waits = tuple(f"{dep.node.name} would run first" for dep in task.deps if not dep.settled)
         return Why(node.name, "unknown", reasons=waits)
+    if task.recorded is not None:
+        return _why_expanded(task, [s.node for s in plan.steps if s.action != "hit"])
     if task.entry is not None:
         return Why(node.name, "hit", task.key.key, reasons=_remarks(task.entry, store))
     if task.key.reasons:
         return Why(node.name, "uncached", task.key.key, reasons=tuple(task.key.reasons))
     return _miss(node.name, task.key, store)
+
+
+def _why_expanded(task: Task, missing: list[str]) -> Why:
+    remark = "its function is not called: the nodes that it returned are known"
+    waits = tuple(f"{name}, which it needs, would run" for name in missing)
+    status = "unknown" if waits else "hit"
+    return Why(task.node.name, status, task.key.key, reasons=(remark, *waits))
 
 
 def compare(entry: Entry, other: Entry) -> tuple[Change, ...]:
@@ -89,6 +99,8 @@ def _miss(name: str, made: ActionKey, store: Store) -> Why:
     noted = store.reason_uncached(name)
     reasons = [f"the last run was not cached: {noted}"] if noted else []
     reasons += made.notes
+    if any(entry.parts == made.parts for entry in entries):
+        reasons.append("it was given other paths of files, which the nodes it returns may name")
     if not entries:
         return Why(name, "miss", made.key, reasons=("it was never kept", *reasons))
     found = [(_changes(e.parts, e.shown, made.parts, made.shown), e) for e in entries]
@@ -104,7 +116,12 @@ def _changes(
         if before.get(name) != now.get(name):
             what = "changed" if name in before and name in now else "new"
             what = what if name in now else "gone"
-            changes.append(Change(name, what, shown.get(name, ""), shown_now.get(name, "")))
+            texts = shown.get(name, ""), shown_now.get(name, "")
+            if texts[0] == texts[1] and what == "changed" and name.startswith("argument "):
+                # Two nodes of one function, say: their outputs tell them apart.
+                digests = before[name], now[name]
+                texts = tuple(f"{t} {d[:8]}".lstrip() for t, d in zip(texts, digests, strict=True))
+            changes.append(Change(name, what, *texts))
     return tuple(changes)
 
 

@@ -69,6 +69,125 @@ def test_processes_of_an_executor_run_nodes_that_can_be_imported(tmp_path):
     assert len((tmp_path / "log").read_text().split("\n")[:-1]) == 4
 
 
+SPAWNING = """
+import dataclasses, multiprocessing, sys, threading
+import counted_nodes, trainonce as once
+from trainonce.errors import InputMutatedError, NodeError
+from concurrent.futures import ProcessPoolExecutor
+
+@dataclasses.dataclass
+class Pair:
+    left: int
+    right: int
+
+class Odd(Exception):
+    def __init__(self, left, right):
+        super().__init__(f"{left} and {right}")
+
+def helper(x):
+    return Pair(x, SHIFT)
+
+SHIFT = 3
+
+@once.node(ignore=["log"])
+def pair(x, log):
+    counted_nodes.note(log, f"pair {x}")
+    return helper(x)
+
+@once.node(ignore=["log"])
+def total(p, log):
+    counted_nodes.note(log, f"total {p.left}")
+    return p.left + p.right
+
+@once.node(ignore=["log"])
+def choose(x, log):
+    counted_nodes.note(log, f"choose {x}")
+    return total(pair(x, log), log)
+
+@once.node(ignore=["log"])
+def fail(log):
+    raise Odd(1, 2)
+
+@once.node
+def spoil(items):
+    items.append(4)
+
+@once.node
+def lock():
+    return threading.Lock()
+
+def ask(store, log):
+    return once.compute(choose(1, log), store=store)
+
+if __name__ == "__main__":
+    store, log = sys.argv[1:]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        values = [pool.submit(ask, store, log).result(), ask(store, log)]
+        # Nodes that run in the pool, and one of this script.
+        values.append(once.compute(choose(2, log), store=store, executor=pool))
+        values.append(once.compute(choose(2, log), store=store, executor=pool))
+        for node, kind, word in [
+            (fail(log), NodeError, "Odd: 1 and 2"),
+            (spoil([3]), InputMutatedError, "spoil changed its input items"),
+            (lock(), NodeError, "cannot be sent to another process"),
+        ]:
+            try:
+                once.compute(node, store=store, executor=pool)
+            except kind as error:
+                assert word in str(error)
+                values.append("refused")
+        values.append(once.compute(total(Pair(3, 4), log), store=store, executor=pool))
+    print(*values)
+"""
+
+
+def test_processes_that_were_spawned_share_the_nodes_of_their_script(tmp_path):
+    script, log = tmp_path / "main.py", tmp_path / "log"
+    script.write_text(SPAWNING)
+    assert finish(start(script, tmp_path / "store", log)) == [*"4455", *["refused"] * 3, "7"]
+    lines = sorted(log.read_text().split("\n")[:-1])
+    numbered = [f"{name} {x}" for name in ("choose", "pair", "total") for x in (1, 2)]
+    assert lines == sorted([*numbered, "total 3"])
+
+
+POOLING = """
+import sys
+import counted_nodes, trainonce as once
+from joblib.externals.loky import get_reusable_executor
+
+SHIFT = 3
+
+def helper(x):
+    return x + SHIFT
+
+@once.node(ignore=["log"])
+def shifted(x, log):
+    counted_nodes.note(log, f"shifted {x}")
+    return helper(x)
+
+@once.node(ignore=["log"])
+def choose(x, log):
+    counted_nodes.note(log, f"choose {x}")
+    return shifted(x, log)
+
+store, log = sys.argv[1:]
+pool = get_reusable_executor(2)
+for _ in range(2):
+    print(*once.compute(choose(1, log), choose(2, log), store=store, executor=pool))
+pool.shutdown()
+"""
+
+
+def test_a_pool_that_cannot_import_the_script_gets_its_functions_by_value(tmp_path):
+    pytest.importorskip("joblib")
+    script, log = tmp_path / "main.py", tmp_path / "log"
+    script.write_text(POOLING)
+    assert finish(start(script, tmp_path / "store", log)) == [*"4545"]
+    lines = sorted(log.read_text().split("\n")[:-1])
+    assert lines == ["choose 1", "choose 2", "shifted 1", "shifted 2"]
+
+
 def test_a_sigkill_at_any_point_of_a_write_loses_nothing_that_was_committed(folder):
     killed, ok = finish(start(HERE / "crash_driver.py", "points", folder))
     assert ok == "ok"

@@ -171,3 +171,122 @@ def test_two_versions_of_the_code_at_once_do_not_mix(known, tmp_path):
             out, _ = child.communicate()
             assert child.returncode == 0
             assert float(out.split()[1]) == versions[path]
+
+
+# ---------------------------------------------------------------- functions that return nodes
+
+CHOOSING = {
+    "main.py": """
+import sys
+import trainonce as once
+from branches import left, right, note
+
+@once.node
+def choose(path: once.File, flag):
+    note("choose")
+    return left(path, by=2) if flag else right(path, by=3)
+
+@once.node(version="1")
+def choose_declared(path: once.File):
+    note("choose_declared")
+    return left(path, by=2)
+
+@once.node
+def last(x):
+    note("last")
+    return x + 1
+
+path = once.File(sys.argv[1] + "/data.txt")
+which = choose_declared(path) if len(sys.argv) > 3 else choose(path, True)
+print(once.compute(last(which), store=sys.argv[2]))
+""",
+    "branches.py": """
+import helpers
+import trainonce as once
+
+def note(name):
+    with open("calls.log", "a") as file:
+        file.write(name + "\\n")
+
+@once.node
+def left(path: once.File, by):
+    note("left")
+    with open(path) as file:
+        return helpers.score(file.read()) * by
+
+@once.node
+def right(path: once.File, by):
+    note("right")
+    return by
+""",
+    "helpers.py": """
+import time
+
+def score(text):
+    return len(text.strip())
+""",
+    "data.txt": "abc\n",
+}
+
+# Name -> (file, old, new, what is called again, and where the code of `choose` is declared).
+CHOICES = {
+    "nothing": ("data.txt", "abc\n", "abc\n", "", ""),
+    "the code of a branch's helper was edited": (
+        "helpers.py", "len(text.strip())", "len(text.strip()) + 1",
+        "choose left last", "left last",
+    ),
+    "an edit of a branch's helper gives the same": (
+        "helpers.py", "len(text.strip())", "len(text.strip()) + 0", "choose left", "left",
+    ),
+    "the file that a branch reads was edited": (
+        "data.txt", "abc\n", "abcde\n", "choose left last", "choose_declared left last",
+    ),
+    "the branch not taken was edited": ("branches.py", "    return by", "    return -by",
+                                        "choose", ""),
+    "the choice was edited": ("main.py", "by=2) if", "by=4) if", "choose left last", ""),
+    "a branch begins to read a clock": (
+        "helpers.py", "len(text.strip())", "len(text.strip()) + 0 * time.time_ns()",
+        "choose left", "left",
+    ),
+}  # fmt: skip
+
+
+def called(folder, store, *, declared=False):
+    """Return the functions that were called, and the result."""
+    log = folder / "calls.log"
+    log.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, "main.py", str(folder), str(store), *(["declared"] if declared else [])],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    names = log.read_text().split() if log.exists() else []
+    return " ".join(names), int(done.stdout)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["by code", "by version"])
+def chosen(request, tmp_path_factory):
+    """A store that knows the choice and the branch of the unedited files."""
+    folder = tmp_path_factory.mktemp("choosing")
+    store = tmp_path_factory.mktemp("store")
+    for name, text in CHOOSING.items():
+        (folder / name).write_text(text)
+    choose = "choose_declared" if request.param else "choose"
+    assert called(folder, store, declared=request.param) == (f"{choose} left last", 7)
+    return folder, store, request.param
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_known_choice_is_never_stale_when(chosen, name, tmp_path):
+    folder, store, declared = chosen
+    file, old, new, by_code, by_version = CHOICES[name]
+    assert old in CHOOSING[file]
+    (folder / file).write_text(CHOOSING[file].replace(old, new))
+    found, value = called(folder, store, declared=declared)
+    assert found == (by_version if declared else by_code)
+    assert value == called(folder, tmp_path / "fresh", declared=declared)[1]
+    (folder / file).write_text(CHOOSING[file])

@@ -177,6 +177,33 @@ def test_outputs_may_be_dicts_tuples_chosen_or_ragged(tmp_path):
     assert torch.equal(function[0], X[0] * 2 + 1)
 
 
+def test_ragged_rows_feed_the_next_module_by_a_collate_that_pads(tmp_path):
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return {"tokens": x.unflatten(1, (3, 2)), "lengths": (x[:, 0] > 0).long() + 2}
+
+    class Pool(nn.Module):
+        def forward(self, tokens):
+            return tokens.sum(1)
+
+    def tokens(sample):
+        return sample[0]["tokens"]
+
+    def padded(rows):
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    ragged = features(Tokens(), DATA, store=tmp_path, ragged={"tokens": "lengths"})
+    assert len({len(tokens(ragged[i])) for i in range(len(ragged))}) == 2
+    with pytest.raises(
+        DataError, match=r"(?s)cannot be joined.*hint: give features\(.*one that pads"
+    ):
+        features(Pool(), ragged, inputs=tokens, store=tmp_path, batch_size=8)
+    pooled = features(Pool(), ragged, inputs=tokens, collate=padded, store=tmp_path, batch_size=8)
+    values = pooled.batch(range(len(ragged)))
+    values = values[0] if isinstance(values, (tuple, list)) else values
+    assert torch.equal(values, torch.stack([tokens(ragged[i]).sum(0) for i in range(len(ragged))]))
+
+
 def test_inputs_pick_arguments_by_key_name_and_function(tmp_path):
     class Two(nn.Module):
         def forward(self, a, b):

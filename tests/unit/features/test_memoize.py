@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainonce.errors import DataError
 from trainonce.events import ComputeSaved
-from trainonce.graph.features.marks import RowTensor, mark, names_of
+from trainonce.graph.features.marks import RowTensor, mark, names_of, unmarked
 from trainonce.graph.features.memoize import memoize
 from trainonce.graph.features.samples import array_digests
 
@@ -236,6 +237,35 @@ def test_marks_survive_moves_and_copies_and_nothing_else():
         assert (kept.rows == rows).all()
     for lost in (marked[:5], marked * 2, marked.flip(0), marked.double(), marked + marked):
         assert not isinstance(lost, RowTensor)
+
+
+CHANGES = {
+    "in place": lambda x: x.mul_(2),
+    "one row": lambda x: x.__setitem__(0, 0.0),
+    "a view": lambda x: x[2:4].zero_(),
+    "a detached alias": lambda x: x.detach().add_(1),
+    "through numpy": lambda x: np.add(x.numpy(), 1, out=x.numpy()),
+    "through np.asarray": lambda x: np.negative(np.asarray(x), out=np.asarray(x)),
+    "through .data": lambda x: x.data.add_(1),
+    "out=": lambda x: torch.add(x, 1, out=x),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_batch_that_a_loop_changes_is_not_served_old_rows(net, tmp_path, inference):
+    model, loader = memoize(net.eval(), loader_of(), store=tmp_path)
+    with torch.inference_mode(inference), torch.no_grad():
+        for change in CHANGES.values():
+            for x, _ in loader:
+                assert torch.allclose(model(x), net(x), atol=1e-5)
+                before, alias = x.clone(), x.detach()
+                change(x)
+                assert not torch.equal(x, before)
+                assert torch.allclose(model(before), net(unmarked(before)), atol=1e-5)
+                for same in (x, x.to("cpu"), x.detach(), alias):
+                    assert torch.allclose(model(same), net(unmarked(x)), atol=1e-5)
+    with pytest.raises(DataError, match="changed since"):
+        names_of([mark(torch.ones(3, 2), np.zeros(3, "S16")).mul_(2).to("meta")])
 
 
 def test_worker_processes_and_dicts_of_inputs(net, tmp_path):

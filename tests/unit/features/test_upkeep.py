@@ -13,7 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import trainonce as once
 from trainonce.cli import main
-from trainonce.errors import DataError
+from trainonce.errors import ConfigError, DataError
 from trainonce.graph import upkeep
 from trainonce.graph.features import tables
 
@@ -35,7 +35,6 @@ def test_tables_are_listed_shown_and_explained_part_by_part(encoder, tmp_path, c
     with torch.no_grad():
         encoder.weight += 1
     other = compute(encoder, tmp_path).fingerprint.digest
-    once.open_store(tmp_path).close()
     code, out = run(capsys, tmp_path, "ls")
     assert code == 0
     assert out.count("features(Counting), 40 rows") == 2
@@ -45,6 +44,27 @@ def test_tables_are_listed_shown_and_explained_part_by_part(encoder, tmp_path, c
     assert found["nearest"] == key
     assert [change["field"] for change in found["changes"]] == ["weights"]
     assert "weights changed" in run(capsys, tmp_path, "why", "features(Counting)")[1]
+
+
+def test_a_store_may_be_given_and_a_tenants_rows_are_its_own(encoder, tmp_path, capsys):
+    plain = once.open_store(tmp_path)
+    tenants = [once.open_store(tmp_path, tenant=name) for name in ("a", "b")]
+    assert compute(encoder, plain).report.computed == 40
+    assert compute(encoder, tmp_path).report.hits == 40
+    for tenant in tenants:
+        assert compute(encoder, tenant).report.computed == 40
+        assert compute(encoder, tenant).report.hits == 40
+        assert upkeep.rows_folder(tenant).is_relative_to(tenant.root)
+    out = run(capsys, tmp_path, "ls", "--tenant", "a")[1]
+    assert "features(Counting), 40 rows" in out
+    assert str(tenants[0].root) in out
+    sample = compute(encoder, tenants[0]).digests[3].ljust(16, b"\0").hex()
+    assert run(capsys, tmp_path, "forget", "--sample", sample, "--tenant", "a")[0] == 0
+    with pytest.raises(DataError, match="forgotten"):
+        compute(encoder, once.open_store(tmp_path, tenant="a"))
+    assert compute(encoder, tenants[1]).report.hits == 40
+    with pytest.raises(ConfigError, match="open for reading only"):
+        compute(encoder, once.open_store(tmp_path, read_only=True))
 
 
 def test_verify_finds_a_flipped_bit_in_a_row_and_removes_that_row_only(encoder, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Nodes and `compute`: what runs, how often, and what is refused."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import importlib
 import importlib.resources
@@ -17,7 +18,15 @@ import torch
 
 import trainonce as once
 from trainonce.clock import FakeClock
-from trainonce.errors import ConfigError, GraphError, InputMutatedError, LazyNodeError, NodeError
+from trainonce.errors import (
+    ConfigError,
+    GraphError,
+    InputFileError,
+    InputMutatedError,
+    LazyNodeError,
+    NodeError,
+)
+from trainonce.graph import executor
 from trainonce.graph.places import Place
 from trainonce.graph.store import Store
 from trainonce.graph.why import why
@@ -118,6 +127,14 @@ def test_containers_and_dataclasses_may_hold_nodes(store):
     assert once.compute({"a": [add(1, 1)]}, store=store) == {"a": [2]}
 
 
+def test_a_lazy_node_has_no_attributes_of_its_value():
+    node = make(3)
+    with pytest.raises(AttributeError, match=r"no attribute 'shape'; call `once\.compute"):
+        _ = node.shape
+    assert not hasattr(node, "__array_interface__")
+    assert copy.copy(node).bound == node.bound
+
+
 @pytest.mark.parametrize(
     "use",
     [bool, len, iter, float, int, np.asarray, lambda n: n[0], lambda n: 1 in n, lambda n: [0][n]],
@@ -182,6 +199,13 @@ def test_a_failing_node_shows_key_inputs_and_traceback_and_is_not_cached(store):
         assert isinstance(error.__cause__, ZeroDivisionError)
     assert len(calls) == 2
     assert store.index.entries(fail.name) == []
+
+
+def test_an_input_that_contains_itself_is_refused(store):
+    loop: list[object] = []
+    loop.append(loop)
+    with pytest.raises(GraphError, match="contains itself"):
+        once.compute(double(loop), store=store)
 
 
 def test_what_has_no_digest_is_evaluated_each_time_and_says_why(store):
@@ -463,6 +487,50 @@ def test_files_and_folders_count_by_content(store, tmp_path):
     assert COUNTS["names"] == 3
 
 
+def test_folders_count_links_and_refuse_what_they_cannot_read(store, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+
+    @once.node(version="1")
+    def names(folder):
+        count("names")
+        return sorted(os.listdir(folder))
+
+    (folder / "link").symlink_to("nowhere")
+    assert once.compute(names(once.Dir(folder)), store=store) == ["link"]
+    (folder / "link").unlink()
+    (folder / "link").symlink_to("elsewhere")
+    once.compute(names(once.Dir(folder)), store=store)
+    assert COUNTS["names"] == 2
+    os.mkfifo(folder / "pipe")
+    refused = [
+        (once.Dir(folder), "neither a file nor a folder"),
+        (once.Dir(tmp_path / "missing"), "No such file"),
+        (once.File(tmp_path / "missing"), "No such file"),
+        (once.File(tmp_path), "hint: `once.Dir` is for folders"),
+    ]
+    for given, word in refused:
+        with pytest.raises(InputFileError, match=f"(?s)an input of .*names cannot .*{word}") as e:
+            once.compute(names(given), store=store)
+        assert isinstance(e.value, OSError)
+    assert COUNTS["names"] == 2
+
+
+def test_a_node_that_takes_its_file_away_is_not_kept(store, tmp_path):
+    path = tmp_path / "once.txt"
+
+    @once.node(version="1")
+    def take(path):
+        text = path.path.read_text()
+        path.path.unlink()
+        return text
+
+    path.write_text("a")
+    assert once.compute(take(once.File(path)), store=store) == "a"
+    assert "could not be read afterwards" in store.reason_uncached(take.name)
+    assert store.index.entries(take.name) == []
+
+
 def test_a_file_edited_under_unchanged_stamps_is_seen_in_strict_mode(store, tmp_path):
     path = tmp_path / "f"
     path.write_text("a")
@@ -575,6 +643,15 @@ def test_independent_nodes_run_in_parallel_and_resources_limit_them(store):
 def test_any_executor_of_the_standard_library_fits(store):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert once.compute(double(add(1, 2)), store=store, executor=pool) == 6
+        far = once.node(version="1", gpus=64, threads=999)(lambda x: x)
+        assert once.compute(far(7), store=store, executor=pool) == 7  # GPUs are its own affair
+
+        @once.node(version="1")
+        def spoil(x):
+            x += 1
+
+        with pytest.raises(InputMutatedError, match="changed its input x"):
+            once.compute(spoil(make(3)), store=store, executor=pool)
     with pytest.raises(ConfigError, match="none of"):
         once.compute(add(1), store=store, executor="clouds")
 
@@ -603,4 +680,17 @@ def test_a_rank_that_must_not_wait_computes_without_a_claim(tmp_path):
     assert claim is not None
     assert once.compute(node, store=store, wait_s=0.0) == 10
     assert store.lookup(key) is not None
+    store.release(claim)
+
+
+def test_a_rank_of_a_process_group_waits_shortly_and_then_computes(store, monkeypatch):
+    monkeypatch.setattr(executor, "_is_distributed", lambda: True)
+    monkeypatch.setattr(executor, "_RANK_WAIT_S", 0.2)
+    node = add(5, 6)
+    claim = store.claim(why(node, store=store).key, "a rank that waits for us in a collective")
+    assert claim is not None
+    started_s = time.monotonic()
+    assert once.compute(node, store=store) == 11
+    assert time.monotonic() - started_s >= 0.2
+    claim.renew()  # it is still the other's
     store.release(claim)

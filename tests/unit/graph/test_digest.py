@@ -1,5 +1,6 @@
 """Digests are equal for equal values, different for different ones, and pinned."""
 
+import copy
 import dataclasses
 import datetime
 import enum
@@ -235,3 +236,14 @@ plain = st.recursive(
 @given(plain, plain)
 def test_equal_representation_means_equal_digest(a, b):
     assert (digest(a) == digest(b)) == (repr(a) == repr(b))
+
+
+def test_copying_an_object_leaves_the_digest_of_its_class():
+    @dataclasses.dataclass
+    class Fresh:
+        a: int
+
+    before = digest(Fresh(1)), digest(Fresh)
+    copy.copy(Fresh(1))
+    assert "__slotnames__" in vars(Fresh)  # what the copy left there
+    assert (digest(Fresh(1)), digest(Fresh)) == before

@@ -82,14 +82,23 @@ class Engine:
         calls = {index: self.call_of(index) for index in dict.fromkeys(padded)}
         first = calls[padded[0]]
         args = tuple(
-            self._move(self.collate([calls[index].args[place] for index in padded]))
+            self._collated([calls[index].args[place] for index in padded])
             for place in range(len(first.args))
         )
         kwargs = {
-            name: self._move(self.collate([calls[index].kwargs[name] for index in padded]))
+            name: self._collated([calls[index].kwargs[name] for index in padded])
             for name in first.kwargs
         }
         return Call(args, kwargs)
+
+    def _collated(self, values: list[Any]) -> Any:
+        try:
+            return self._move(self.collate(values))
+        except (RuntimeError, TypeError) as error:
+            raise DataError(
+                f"samples cannot be joined to a batch: {error}",
+                hint="give features(..., collate=), for rows of differing length one that pads",
+            ) from error
 
     def rows(self, digests: NDArray[np.bytes_], indices: list[int]) -> Rows:
         """Compute the rows of some samples.

@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import torch
 from torch.utils.data import default_collate
@@ -20,6 +21,7 @@ from trainonce.graph.features.dataset import FeatureRows
 from trainonce.graph.features.fingerprint import Fingerprint, fingerprint, write_aside
 from trainonce.graph.features.selection import Call, Inputs, Selection
 from trainonce.graph.features.sources import open_source
+from trainonce.graph.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,7 +36,7 @@ def features(
     inputs: Inputs = None,
     outputs: Any = None,
     batch_size: int = 256,
-    store: str | os.PathLike[str] | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     storage_dtype: torch.dtype | None = None,
     audit: float = 0.0,
@@ -67,7 +69,7 @@ def features(
             keys; a function. Dicts and tuples of tensors become dicts by name or place.
         batch_size: Samples in each call, at least 2; the last call is filled up, so that every
             row is computed in a batch of this size.
-        store: Folder of the store; `$TRAINONCE_STORE`, or `$TRAINONCE_HOME/store`.
+        store: Folder of the store, or the store; `$TRAINONCE_STORE`, or `$TRAINONCE_HOME/store`.
         device: Where to compute; where the module is. The module itself is not moved.
         storage_dtype: What floating-point outputs are stored as; part of the key.
         audit: Fraction of the stored rows to compute again and compare.
@@ -135,12 +137,23 @@ def features(
     )
 
 
-def store_folder(store: str | os.PathLike[str] | None) -> Path:
+def store_folder(store: Store | str | os.PathLike[str] | None) -> Path:
     """Return the folder of the row store within `store`, or within the default one.
 
     Raises:
-        ConfigError: The store is a URL: rows are memory-mapped, so they need a folder.
+        ConfigError: The store is a URL: rows are memory-mapped, so they need a folder. Or it is
+            opened for reading only.
     """
+    if isinstance(store, Store):
+        if store.read_only:
+            raise ConfigError(
+                f"the store {store.root} is open for reading only, and rows that miss are written",
+                hint="give features(..., store=FOLDER): one that cannot be written is only read",
+            )
+        # Of a network file system the folder itself, since rows need no lock; a tenant has its own.
+        shared = unquote(store.place.shared.removeprefix("file://"))
+        below = store.root.relative_to(store.place.local)
+        store = os.path.join(shared, below) if shared else store.root
     where = os.fspath(store) if store is not None else settings.STORE.get()
     if where is None:
         return settings.home() / "store" / "rows"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from trainonce.errors import DataError, UnhashableError
+from trainonce.graph.code_objects import full_name
 from trainonce.graph.digest import digest, digest_file, is_settled
 from trainonce.graph.features import labels
 from trainonce.graph.features.rows import RowTable
@@ -240,7 +241,7 @@ def keyed(
 ) -> Source:
     """Samples under keys that the dataset declares."""
     how = "samples are known by the keys that the dataset declares"
-    kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+    kind = full_name(type(dataset))
     try:
         namespace = digest(("keys", kind, _behaviour(dataset), chosen(selection)))
     except UnhashableError as error:

@@ -22,12 +22,32 @@ _KEEPING = frozenset(
         torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.clone,
     }
 )  # fmt: skip
+_DATA: Any = torch.Tensor.data
+# What hands out the memory, so that writes to it leave no trace.
+_EXPOSING = frozenset(
+    {
+        torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__,
+        _DATA.__get__, torch.Tensor.untyped_storage, torch.Tensor.data_ptr,
+    }
+)  # fmt: skip
+
+
+class Memory:
+    """What all marked views of one piece of memory share: whether it was handed out."""
+
+    exposed = False
 
 
 class RowTensor(torch.Tensor):
-    """A batch that knows which samples its rows are, and keeps that through moves and copies."""
+    """A batch that knows which samples its rows are, and keeps that through moves and copies.
+
+    It no longer does once it was changed in place, or may have been: `version` is torch's count
+    of changes when it was marked, None where torch does not count (inference mode).
+    """
 
     rows: NDArray[np.bytes_]
+    version: int | None
+    memory: Memory
 
     @classmethod
     def __torch_function__(
@@ -41,18 +61,42 @@ class RowTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
         source = args[0] if args else None
+        if func in _EXPOSING and isinstance(source, RowTensor):
+            source.memory.exposed = True
         if func in _KEEPING and isinstance(source, RowTensor) and isinstance(found, torch.Tensor):
-            if found.dtype == source.dtype and found.shape == source.shape:
-                return mark(found, source.rows)
+            if found.dtype == source.dtype and found.shape == source.shape and is_intact(source):
+                return mark(found, source.rows, source.memory if _share(found, source) else None)
         return unmarked(found)
 
 
-def mark(tensor: torch.Tensor, rows: NDArray[np.bytes_]) -> RowTensor:
+def mark(tensor: torch.Tensor, rows: NDArray[np.bytes_], memory: Memory | None = None) -> RowTensor:
     """Return `tensor` as one that knows the digests of its rows; the storage is shared."""
     with torch._C.DisableTorchFunctionSubclass():
         marked = tensor.as_subclass(RowTensor)
-    marked.rows = rows
+    marked.rows, marked.version, marked.memory = rows, _changes_of(marked), memory or Memory()
     return marked
+
+
+def is_intact(marked: RowTensor) -> bool:
+    """Tell whether a marked tensor still holds the rows that it was marked with."""
+    if marked.memory.exposed:
+        return False
+    if marked.version is None:
+        # Nothing counts changes here. What lies in memory can be named by content instead.
+        return marked.device.type != "cpu"
+    return marked.version == _changes_of(marked)
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors are views of the same memory."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def _changes_of(tensor: torch.Tensor) -> int | None:
+    """Return torch's count of changes in place, which all views share."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return None if tensor.is_inference() else tensor._version
 
 
 def unmarked(value: Any) -> Any:
@@ -79,14 +123,14 @@ def names_of(tensors: list[Any]) -> tuple[NDArray[np.bytes_], list[NDArray[np.by
     """
     found: list[NDArray[np.bytes_]] = []
     for tensor in tensors:
-        if isinstance(tensor, RowTensor):
+        if isinstance(tensor, RowTensor) and is_intact(tensor):
             found.append(tensor.rows)
         elif tensor.device.type == "cpu":
-            found.append(array_digests([("0", tensor)]))
+            found.append(array_digests([("0", unmarked(tensor))]))
         else:
             raise DataError(
                 f"an input of shape {tuple(tensor.shape)} on {tensor.device} is not marked with "
-                "its rows, so they cannot be looked up",
+                "its rows, or was changed since, so they cannot be looked up",
                 hint="move the batch as the memoized loader yields it (x.to(device)), and "
                 "transform it afterwards inside the model; or call model.module(...)",
             )

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from trainonce.events import Event
     from trainonce.graph.features.selection import Inputs
+    from trainonce.graph.store import Store
 
 _log = logging.getLogger(__name__)
 # A cut takes seconds: it pays for a few shapes of inputs, not for one in each batch.
@@ -47,7 +48,7 @@ def memoize(
     loader: Any,
     *,
     inputs: Inputs = None,
-    store: str | os.PathLike[str] | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     storage_dtype: torch.dtype | None = None,
     sink: Callable[[Event], None] | None = None,
 ) -> tuple[MemoizedModel, MemoizedLoader]:
@@ -64,7 +65,7 @@ def memoize(
             with batch statistics or dropout), and that may change at any time.
         loader: A `DataLoader` over a map-style dataset whose samples repeat.
         inputs: Which items of a batch enter the model; the first of a tuple by default.
-        store: Folder of the store; `$TRAINONCE_STORE`, or `$TRAINONCE_HOME/store`.
+        store: Folder of the store, or the store; `$TRAINONCE_STORE`, or `$TRAINONCE_HOME/store`.
         storage_dtype: What floating-point rows are stored as; None keeps their own.
         sink: Takes a `ComputeSaved` event at the end of each epoch that was served rows; the
             ledger if None.
@@ -107,7 +108,7 @@ class MemoizedModel(torch.nn.Module):
         self,
         model: torch.nn.Module,
         *,
-        store: str | os.PathLike[str] | None,
+        store: Store | str | os.PathLike[str] | None,
         storage_dtype: torch.dtype | None,
         sink: Callable[[Event], None] | None,
     ) -> None:

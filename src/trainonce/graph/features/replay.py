@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from trainonce.graph.store import Store
+
 
 @dataclass
 class ReplayReport:
@@ -80,7 +82,7 @@ class ReplayValues:
         network: torch.nn.Module,
         *,
         capacity: int,
-        store: str | os.PathLike[str] | None = None,
+        store: Store | str | os.PathLike[str] | None = None,
     ) -> None:
         if capacity < 2:
             raise ConfigError(f"capacity={capacity}: at least 2 observations")

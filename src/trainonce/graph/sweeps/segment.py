@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trainonce.graph.code_objects import full_name
 from trainonce.graph.executor import compute
 from trainonce.graph.inputs import find
 from trainonce.graph.node import Node, NodeFunction, Options
@@ -58,7 +59,7 @@ class Segment:
     ) -> None:
         self.build, self.step, self.evaluate = build, step, evaluate
         self.inputs = dict(inputs or {})
-        self.name = f"{step.__module__}.{step.__qualname__}"
+        self.name = full_name(step)
 
         def advance(
             prefix: str, steps: int, start: dict[str, Any], inputs: dict[str, Any],

@@ -154,7 +154,9 @@ class _Plan:
         self._measures: set[int] = set()
         # The evaluations; the states where there are none.
         self.ends: list[Node[Any]] = []
-        self._keys = Keys(store, strict=False, output_of=lambda node: None, key_of=lambda node: "")
+        self._keys = Keys(
+            store, strict=False, output_of=lambda node: None, made_from=lambda node: ([], {})
+        )
 
     def build(self) -> list[Node[Any]]:
         """Make the nodes of all that is needed; return those of the stages to be trained."""

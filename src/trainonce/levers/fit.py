@@ -67,6 +67,7 @@ def fit(
     *,
     eval: Any = None,
     metric: Callable[[Any, Any], torch.Tensor] | None = None,
+    count: Callable[[Any], torch.Tensor] | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -92,6 +93,9 @@ def fit(
             per-sample levers off.
         eval: Data to evaluate on.
         metric: `metric(out, batch)` like `loss`, lower is better; the loss if None.
+        count: `count(batch)` returns how much of each sample counts, integers of shape (B,): its
+            tokens that are not padding, say. `loss` then returns sums, and an update is over the
+            mean of all that counts in it, over its micro-batches and all ranks.
         steps: Updates of the run.
         epochs: Or passes over the data.
         optimizer: The caller's own; its rates are the peaks of the schedule.
@@ -119,7 +123,7 @@ def fit(
         return make_plan(
             model, data, loss, task=task, budget=budget, eval=eval_data, steps=steps,
             epochs=epochs, optimizer=optimizer, seed=seed, world_size=host.world_size,
-            progress=progress,
+            count=count, progress=progress,
         )  # fmt: skip
 
     chosen = plan
@@ -129,8 +133,9 @@ def fit(
     if chosen.is_on("early-stop") and eval_data is None and is_first_process():
         progress("early stop is on, and will not stop anything: there are no data to evaluate on")
     training = Training(
-        host, chosen, model, data, eval_data, loss, metric, optimizer, seed=seed, gate=gate,
-        meter=meter, tensorboard=Path(tensorboard) if tensorboard else None, show=progress,
+        host, chosen, model, data, eval_data, loss, metric, optimizer, count=count, seed=seed,
+        gate=gate, meter=meter, tensorboard=Path(tensorboard) if tensorboard else None,
+        show=progress,
     )  # fmt: skip
     with contextlib.closing(training), training.flags():
         update, look = host.step(training.update), host.step(training.look)

@@ -52,6 +52,7 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
     world_size: int = 1,
+    count: Callable[[Any], torch.Tensor] | None = None,
     path: str | Path | None = None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> Plan:
@@ -74,6 +75,7 @@ def plan(
         optimizer: The caller's own; then no rate is probed and Muon is off.
         seed: Of the order of samples.
         world_size: Ranks that will train.
+        count: As for `fit`.
         path: Write the plan there as well.
         progress: Told what is being tried.
 
@@ -87,13 +89,13 @@ def plan(
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     progress("looking at the model and the data")
     fingerprint = take_fingerprint(
-        plain, data, loss, task=task, device=device, world_size=world_size
+        plain, data, loss, task=task, device=device, world_size=world_size, count=count
     )
     batch_size, batch_why = _batch_size(data, world_size)
     length = _length(data, batch_size, fingerprint, steps, epochs)
     prober = Prober(
         plain, data, eval_data, loss,
-        device=device, batch_size=batch_size // world_size, seed=seed,
+        device=device, batch_size=batch_size // world_size, seed=seed, count=count,
     )  # fmt: skip
     with contextlib.closing(prober):
         found = _Findings(prober, fingerprint, progress)

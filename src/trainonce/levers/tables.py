@@ -16,6 +16,7 @@ _TITLES = {
     "candidate-fast": "levers, to the default's quality",
     "shorter": "control: tuned, shorter schedule",
     "subset": "control: tuned, random subset",
+    "default-shorter": "control: default, shorter schedule",
 }
 
 
@@ -131,7 +132,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for arm, marker in zip(record["arms"], "os*D^vP", strict=False):
+    for arm, marker in zip(record["arms"], "os*D^vPX", strict=False):
         runs = [run for run in arm["runs"] if run["loss"] is not None]
         gflop = [run["usage"]["flops"] / 1e9 for run in runs]
         axes.plot(

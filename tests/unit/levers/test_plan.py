@@ -292,6 +292,10 @@ def test_one_sample_is_a_dataset():
     assert trainonce.plan(net(), points(1), square, steps=3).run.batch_size == 1
 
 
+def ones(batch):
+    return torch.ones(len(batch[0]), dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -309,6 +313,14 @@ def test_one_sample_is_a_dataset():
         ({"steps": 0}, ConfigError, "nothing to do"),
         ({"task": "magic"}, ConfigError, "no task"),
         ({"world_size": 500}, ConfigError, "too few"),
+        ({"count": lambda batch: batch[0].sum(1)}, ConfigError, "float32 of shape .4. for 4"),
+        ({"count": lambda batch: 4}, ConfigError, "returned int"),
+        ({"count": lambda batch: torch.ones(4, 1)}, ConfigError, r"shape \[4, 1\]"),
+        (
+            {"loss": lambda out, batch: square(out, batch).mean(), "count": ones},
+            ConfigError,
+            "a count was given",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_a_hint(arguments, error, words):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainonce.levers.bench.control import Control, Setting, recipe
 
@@ -42,13 +42,21 @@ def baseline(grid: str) -> list[Recipe]:
 
 
 def candidates(grid: str) -> list[Recipe]:
-    """Return early stops that know returns, with and without part of each batch."""
+    """Return early stops that know returns, with and without part of each batch and passes."""
     if grid == "small":
         return [recipe(steps=_BUDGET, share=share, stop_at=_SOLVED) for share in (0.5, 1.0)]
-    shares = (0.25, 0.5, 1.0)
-    chosen = [
-        recipe(steps=_BUDGET, lr=lr, epochs=epochs, share=share, stop_at=_SOLVED)
-        for lr, epochs in ((1e-3, 20), (1e-3, 10), (3e-3, 10))
-        for share in shares
+    spared: tuple[dict[str, Any], ...] = (
+        {},
+        {"share": 0.5},
+        {"epochs": 10, "share": 0.5},
+        {"lr": 3e-3, "epochs": 10, "share": 0.5},
+        {"lr": 3e-3, "epochs": 10, "share": 0.25},
+        {"lr": 3e-3, "epochs": 5, "share": 0.5},
+    )
+    at_once = [recipe(steps=_BUDGET, stop_at=_SOLVED, **each) for each in spared[:2]]
+    verified = [
+        recipe(steps=_BUDGET, stop_at=stop_at, window=8, verify=2, **each)
+        for each in spared
+        for stop_at in (_SOLVED, 495.0)
     ]
-    return [*chosen, *(recipe(steps=_BUDGET, share=share, stop_at=490.0) for share in shares)]
+    return [*at_once, *verified]

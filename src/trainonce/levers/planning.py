@@ -271,6 +271,8 @@ def _length(
     if steps is None and epochs is None:
         epochs = 1 if fingerprint.task == "language-model" else 3 if fingerprint.pretrained else 10
         why = f"nobody gave a length: {epochs} passes over the data"
+    if epochs is not None and not math.isfinite(epochs):
+        raise ConfigError(f"{epochs=} is no length", hint="a number of passes over the data")
     if steps is None:
         assert epochs is not None
         steps = max(round(epochs * len(data) / batch_size), 1) if epochs > 0 else 0

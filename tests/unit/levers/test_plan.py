@@ -148,11 +148,25 @@ def test_odd_text_and_numbers_survive_the_file(probed):
         ("steps = ", "stepps = ", "unknown"),
         ("on = true", 'on = "yes"', "on is 'yes'"),
         ("on = true", "on = ", "no TOML"),
+        ("[levers.schedule]", "[levers.magic]", "no such lever"),
+        ("guard_step = ", "guard_step = 0.5 #", "guard_step is 0.5"),
+        ("off_arm = [", 'off_arm = ["much", ', "off_arm is"),
+        ("micro_batch = ", "micro_batch = -", "no run has"),
+        ("lr = ", "lr = nan #", "lr=nan"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused_with_what_is_wrong(probed, old, new, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as caught:
         parse_plan(probed[0].to_toml().replace(old, new, 1))
+    assert caught.value.hint
+
+
+def test_a_plan_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "binary.toml", tmp_path / "nowhere.toml"):
+        with pytest.raises(ConfigError, match="cannot be read") as caught:
+            read_plan(path)
+        assert caught.value.hint
 
 
 def test_a_choice_can_be_overridden_and_says_so(probed):
@@ -311,6 +325,8 @@ def ones(batch):
         ({"train": iter([1])}, DataError, "map-style|__len__"),
         ({"steps": 3, "epochs": 2}, ConfigError, "both given"),
         ({"steps": 0}, ConfigError, "nothing to do"),
+        ({"epochs": math.nan}, ConfigError, "no length"),
+        ({"epochs": math.inf}, ConfigError, "no length"),
         ({"task": "magic"}, ConfigError, "no task"),
         ({"world_size": 500}, ConfigError, "too few"),
         ({"count": lambda batch: batch[0].sum(1)}, ConfigError, "float32 of shape .4. for 4"),

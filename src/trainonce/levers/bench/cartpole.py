@@ -35,8 +35,7 @@ def baseline(grid: str) -> list[Recipe]:
     shorter = [
         recipe(steps=steps, lr=lr, epochs=epochs)
         for steps in (20_000, 30_000, 50_000)
-        for lr in (1e-3, 3e-3)
-        for epochs in (10, 20)
+        for lr, epochs in ((1e-3, 10), (1e-3, 20), (3e-3, 10))
     ]
     return [*shorter, recipe(steps=_BUDGET, epochs=10), recipe(steps=_BUDGET, lr=3e-3, epochs=10)]
 

@@ -1,6 +1,7 @@
 """Small trainings of several kinds: each returns (model, data, loss, updates) for a seed.
 
-The rule for rates was made on TUNING alone; REPORTING was looked at once it was fixed.
+The present rule was made on TUNING and SEEN alone; SEEN are those on which the rule before it
+was reported. REPORTING was looked at once the present rule was fixed.
 """
 
 import torch
@@ -164,4 +165,76 @@ def larger_letters(seed):
     return BytesNet(48, 3), language(seed + 100, 48, 1024), token_loss, 420
 
 
-REPORTING = (readme, cancer, diabetes, plain_conv, autoencoder, recurrent, larger_letters)
+SEEN = (readme, cancer, diabetes, plain_conv, autoencoder, recurrent, larger_letters)
+
+
+def wine(_seed):
+    data = standard(datasets.load_wine(), classes=True)
+    return perceptron(13, 32, 3, act=nn.ReLU), data, cross_entropy, 400
+
+
+def friedman(seed):
+    x, y = datasets.make_friedman1(1024, noise=0.5, random_state=seed)
+    x, y = torch.tensor(x).float() * 2 - 1, torch.tensor(y).float()[:, None]
+    data = (x, (y - y.mean()) / y.std())
+    return perceptron(10, 64, 1, depth=2, act=nn.SiLU), data, mse, 600
+
+
+def moons(seed):
+    x, y = datasets.make_moons(600, noise=0.25, random_state=seed)
+    data = (torch.tensor(x).float(), torch.tensor(y))
+    return perceptron(2, 64, 2, depth=2), data, cross_entropy, 400
+
+
+def parity(seed):
+    def target(x, _):
+        return (x[:, :3].prod(1) > 0).long()
+
+    return perceptron(8, 128, 2, act=nn.ReLU), made_up(seed, 4096, 8, target), cross_entropy, 900
+
+
+def wide_sine(seed):
+    data = made_up(seed, 2048, 6, lambda x, _: x.sum(1, keepdim=True).sin())
+    return perceptron(6, 256, 1, act=nn.GELU), data, mse, 600
+
+
+def teacher(seed):
+    def target(x, generator):
+        return (x @ torch.randn(64, 10, generator=generator)).argmax(1)
+
+    model = perceptron(64, 96, 10, depth=2, act=nn.GELU, norm=True)
+    return model, made_up(seed, 4096, 64, target), cross_entropy, 500
+
+
+class Sequences(nn.Module):
+    """Reads an image row by row, with gates of another kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 48, batch_first=True)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images):
+        return self.head(self.lstm(images[:, 0])[0].mean(1))
+
+
+def gated(_seed):
+    return Sequences(), digits(), cross_entropy, 600
+
+
+def dropped(_seed):
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
+        nn.Linear(512, 10),
+    )  # fmt: skip
+    return model, digits(), cross_entropy, 700
+
+
+def short_letters(seed):
+    return BytesNet(40, 2), language(seed + 200, 32, 2048), token_loss, 500
+
+
+REPORTING = (
+    wine, friedman, moons, parity, wide_sine, teacher, gated, dropped, short_letters,
+)  # fmt: skip

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TASKS = ("language-model", "vision", "finetune", "other")
 _LOOK_SAMPLES = 4
+_COUNT_HINT = "return one integer a sample, as in (targets != -100).sum(1)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ def take_fingerprint(
     task: str | None,
     device: torch.device,
     world_size: int,
+    count: Callable[[Any], torch.Tensor] | None = None,
 ) -> Fingerprint:
     """Look at the model, four samples, and the loss of one forward pass.
 
@@ -73,7 +75,8 @@ def take_fingerprint(
 
     Raises:
         ConfigError: There is no such task, nothing to train, no tensor in a batch, or the loss
-            function returns neither a scalar nor one value a sample.
+            function returns neither a scalar nor one value a sample, or a scalar in spite of
+            a `count`.
     """
     if task is not None and task not in TASKS:
         raise ConfigError(f"there is no task {task!r}", hint="one of " + ", ".join(TASKS))
@@ -83,6 +86,12 @@ def take_fingerprint(
             hint="call requires_grad_() on those that should be",
         )
     batch, out, per_sample = _look(model, data, loss, device)
+    amount_of(batch, count)
+    if count is not None and not per_sample:
+        raise ConfigError(
+            "the loss is a scalar, and a count was given",
+            hint="return the sum over what counts of each sample, shape (B,)",
+        )
     tokens = _tokens(batch)
     with kept(model), torch.no_grad():
         causal = tokens is not None and _is_causal(model, batch, tokens, out)
@@ -146,6 +155,27 @@ def is_per_sample(losses: Any, samples: int) -> bool:
         hint='return one value a sample: reduction="none", then the mean over all but dim 0; or '
         "a scalar, which switches the per-sample levers off",
     )
+
+
+def amount_of(batch: Any, count: Callable[[Any], torch.Tensor] | None) -> int:
+    """Return what a batch is averaged over: its samples, or the sum of what `count` says of each.
+
+    Raises:
+        ConfigError: `count` does not return one integer a sample.
+    """
+    samples = num_samples(batch)
+    if count is None:
+        return samples
+    found: Any = count(batch)
+    if not isinstance(found, torch.Tensor):
+        raise ConfigError(f"count(batch) returned {type(found).__name__}", hint=_COUNT_HINT)
+    if found.is_floating_point() or list(found.shape) != [samples]:
+        raise ConfigError(
+            f"count(batch) returned {found.dtype} of shape {list(found.shape)} for {samples} "
+            "samples",
+            hint=_COUNT_HINT,
+        )
+    return int(found.sum())
 
 
 def model_digest(model: torch.nn.Module) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trainonce import settings
 from trainonce.errors import ConfigError
 from trainonce.ledger import prices
@@ -22,7 +24,7 @@ from trainonce.levers.training import BEST, Training, to_stderr
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
+    from trainonce.levers.batches import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ def fit(
     *,
     eval: Any = None,
     metric: Callable[[Any, Any], torch.Tensor] | None = None,
+    count: Callable[[Any], torch.Tensor] | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
@@ -92,6 +95,9 @@ def fit(
             per-sample levers off.
         eval: Data to evaluate on.
         metric: `metric(out, batch)` like `loss`, lower is better; the loss if None.
+        count: `count(batch)` returns how much of each sample counts, integers of shape (B,): its
+            tokens that are not padding, say. `loss` then returns sums, and an update is over the
+            mean of all that counts in it, over its micro-batches and all ranks.
         steps: Updates of the run.
         epochs: Or passes over the data.
         optimizer: The caller's own; its rates are the peaks of the schedule.
@@ -108,6 +114,7 @@ def fit(
         ProbeError: A loss was not finite in a probe.
         BudgetSpentError: The budget is spent already.
     """
+    _check_kinds(model, plan, budget, optimizer)
     host = open_host(seed=seed, folder=None if folder is None else Path(folder))
     model.to(host.device)
     data, eval_data = as_data(train), None if eval is None else as_data(eval)
@@ -119,18 +126,26 @@ def fit(
         return make_plan(
             model, data, loss, task=task, budget=budget, eval=eval_data, steps=steps,
             epochs=epochs, optimizer=optimizer, seed=seed, world_size=host.world_size,
-            progress=progress,
+            count=count, progress=progress,
         )  # fmt: skip
 
     chosen = plan
     if not isinstance(chosen, Plan):
         chosen = settle_plan(Path(chosen) if chosen else host.folder / "plan.toml", make)
-    _check(chosen, model, steps, progress if is_first_process() else lambda _line: None)
+    _check(
+        chosen,
+        model,
+        data,
+        host.world_size,
+        steps,
+        progress if is_first_process() else lambda _line: None,
+    )
     if chosen.is_on("early-stop") and eval_data is None and is_first_process():
         progress("early stop is on, and will not stop anything: there are no data to evaluate on")
     training = Training(
-        host, chosen, model, data, eval_data, loss, metric, optimizer, seed=seed, gate=gate,
-        meter=meter, tensorboard=Path(tensorboard) if tensorboard else None, show=progress,
+        host, chosen, model, data, eval_data, loss, metric, optimizer, count=count, seed=seed,
+        gate=gate, meter=meter, tensorboard=Path(tensorboard) if tensorboard else None,
+        show=progress,
     )  # fmt: skip
     with contextlib.closing(training), training.flags():
         update, look = host.step(training.update), host.step(training.look)
@@ -152,8 +167,34 @@ def fit(
     return _result(training)
 
 
+def _check_kinds(model: Any, plan: Any, budget: Any, optimizer: Any) -> None:
+    """Raise where an argument is of another kind than its name says."""
+    wanted = {
+        "model": (model, (torch.nn.Module,), "a torch.nn.Module"),
+        "plan": (plan, (Plan, str, Path), "a Plan, or the name of a file"),
+        "budget": (budget, (Budget,), "trainonce.Budget(max_hours=...)"),
+        "optimizer": (optimizer, (torch.optim.Optimizer,), "an optimizer that was made, or None"),
+    }
+    for name, (given, kinds, hint) in wanted.items():
+        if not isinstance(given, kinds) and (given is not None or name == "model"):
+            raise ConfigError(f"{name} is {given!r}", hint=hint)
+    if optimizer is not None:
+        mine = {id(parameter) for parameter in model.parameters()}
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        if not any(id(parameter) in mine for group in groups for parameter in group["params"]):
+            raise ConfigError(
+                "the optimizer has none of the model's parameters",
+                hint="make it of model.parameters(), after the model is as it will be trained",
+            )
+
+
 def _check(
-    plan: Plan, model: torch.nn.Module, steps: int | None, show: Callable[[str], None]
+    plan: Plan,
+    model: torch.nn.Module,
+    data: Data,
+    world_size: int,
+    steps: int | None,
+    show: Callable[[str], None],
 ) -> None:
     mine = model_digest(model)
     if plan.fingerprint.model != mine:
@@ -161,6 +202,12 @@ def _check(
             f"the plan was made for another model: {plan.fingerprint.model}, and this one is "
             f"{mine} (digests of names, shapes and dtypes)",
             hint="make a plan for this model, or give fit the model of the plan",
+        )
+    if max(plan.run.batch_size // world_size, 1) > len(data) // world_size:
+        raise ConfigError(
+            f"the plan has updates of {plan.run.batch_size} samples on {world_size} ranks, and "
+            f"there are {len(data)} to train on",
+            hint="make a plan for these data, or lower batch_size in it",
         )
     if steps is not None and steps != plan.run.steps:
         show(f"the plan has {plan.run.steps} updates, and steps={steps} is not used")

@@ -8,7 +8,8 @@ The arms that are reported: the default recipe; the tuned baseline; the cheapest
 should match the default, which is what tuning saves without any lever; the candidate that should
 match each of the two; and two controls that say whether the lever did it, or merely the lower
 amount of compute: the tuned baseline with a shorter schedule, and on a random subset of the data,
-each cut down to the candidate's FLOPs.
+each cut down to the candidate's FLOPs; and the default with a schedule as much shorter as the
+candidate that should match it.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ class Arm:
     """One reported arm: its recipe, its runs, and how it compares.
 
     Args:
-        role: "default", "tuned", "tuned-fast", "candidate", "candidate-fast", "shorter" or
-            "subset".
+        role: "default", "tuned", "tuned-fast", "candidate", "candidate-fast", "shorter",
+            "subset" or "default-shorter".
         recipe: What was run.
         tuning: What the choice of this recipe used, over all that was tried.
         runs: One a reporting seed.
@@ -222,6 +223,9 @@ def run_study(
             f"no controls: the candidate {for_tuned.name} uses {share:.0%} of the tuned baseline's "
             "FLOPs, so there is nothing to cut"
         )
+    share = _flops(tuning[for_default.name]) / _flops(tuning[study.default.name])
+    if share < 1 - _LEAST_CUT:
+        chosen["default-shorter"] = (study.task.shorter(study.default, share), Usage())
     arms = bench.report(chosen)
     return StudyResult(study=study, arms=arms, tuning=tuning, notes=notes)
 

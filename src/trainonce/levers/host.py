@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,9 +183,21 @@ def open_host(*, seed: int, folder: Path | None) -> Host:
                 hint="call fit once in a job, and without run.protect",
             )
         return RunHost(run, folder or settings.home() / "jobs" / (settings.JOB.get() or "job"))
-    place = folder or settings.home() / "fits" / f"{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
-    place.mkdir(parents=True, exist_ok=True)
-    return PlainHost(seed=seed, folder=place)
+    if folder is None:
+        folder = _new_folder(settings.home() / "fits")
+    folder.mkdir(parents=True, exist_ok=True)
+    return PlainHost(seed=seed, folder=folder)
+
+
+def _new_folder(parent: Path) -> Path:
+    """Make a folder that nothing else has: a run in one that has would go on from what is there."""
+    name = f"{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
+    for number in itertools.count(1):
+        place = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(parents=True)
+            break
+    return place
 
 
 def is_first_process() -> bool:

@@ -182,10 +182,22 @@ class InfoBatch(Lever):
             return losses.mean()
         with torch.no_grad():
             everyone, found = self._gather(indices.long(), losses.detach().float())
+            self._check_range(everyone)
             self._scores[everyone] = found
             weights = torch.ones_like(losses)
             weights[self._easy[indices.cpu()].to(losses.device)] = 1 / (1 - self._ratio)
         return (losses * weights).mean()
+
+    def _check_range(self, indices: torch.Tensor) -> None:
+        if not len(indices):
+            return
+        least, most = int(indices.min()), int(indices.max())
+        if least < 0 or most >= self.num_samples:
+            raise ConfigError(
+                f"indices reach from {least} to {most}, and InfoBatch was made for "
+                f"{self.num_samples} samples",
+                hint="give it the length of the dataset that the indices are of",
+            )
 
     def _gather(
         self, indices: torch.Tensor, losses: torch.Tensor

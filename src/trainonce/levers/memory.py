@@ -82,7 +82,9 @@ def find_batch_size(
     """
     limit = _CEILING if maximum is None else maximum
     if not 1 <= start <= limit:
-        raise ConfigError(f"no batch size lies between {start=} and {maximum=}")
+        raise ConfigError(
+            f"no batch size lies between {start=} and {maximum=}", hint="1 <= start <= maximum"
+        )
     kept = [(each, copy.deepcopy(each.state_dict())) for each in keep]
     tried: dict[int, bool] = {}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import ConfigError
+from trainonce.levers import registry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +62,9 @@ class RunPlan:
         micro_batch: Samples that a rank takes at once.
         lr: Peak rate; 0 where the optimizer is the caller's own.
         why: Where these come from.
+
+    Raises:
+        ConfigError: A number out of range.
     """
 
     steps: int
@@ -67,6 +72,15 @@ class RunPlan:
     micro_batch: int
     lr: float
     why: str
+
+    def __post_init__(self) -> None:
+        least = min(self.steps, self.batch_size, self.micro_batch)
+        if least < 1 or not 0 <= self.lr < math.inf:
+            raise ConfigError(
+                f"no run has steps={self.steps}, batch_size={self.batch_size}, "
+                f"micro_batch={self.micro_batch} and lr={self.lr:g}",
+                hint="numbers of at least 1, and a rate that is not negative",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +178,10 @@ def read_plan(path: str | Path) -> Plan:
     """
     try:
         text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"the plan {path} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the plan {path} cannot be read: {error}", hint="name a TOML file, or a new one"
+        ) from error
     return parse_plan(text, str(path))
 
 
@@ -176,7 +192,7 @@ def parse_plan(text: str, name: str = "plan") -> Plan:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name} is no TOML: {error}") from error
+        raise ConfigError(f"{name} is no TOML: {error}", hint="mend it, or make it anew") from error
     if table.get("format") != FORMAT:
         raise ConfigError(f"{name} is no plan of format {FORMAT}", hint="make it anew")
     levers = table.get("levers", {})
@@ -184,12 +200,16 @@ def parse_plan(text: str, name: str = "plan") -> Plan:
         fingerprint=_make(Fingerprint, table.get("fingerprint"), f"{name}, [fingerprint]"),
         run=_make(RunPlan, table.get("run"), f"{name}, [run]"),
         probes=_make(ProbeRecord, table.get("probes", {}), f"{name}, [probes]"),
-        levers={lever: _lever(values, f"{name}, [levers.{lever}]") for lever, values in
+        levers={lever: _lever(lever, values, f"{name}, [levers.{lever}]") for lever, values in
                 levers.items()},
     )  # fmt: skip
 
 
-def _lever(values: Any, where: str) -> LeverPlan:
+def _lever(lever: str, values: Any, where: str) -> LeverPlan:
+    if lever not in registry.LEVERS:
+        raise ConfigError(
+            f"{where}: there is no such lever", hint="one of " + ", ".join(registry.LEVERS)
+        )
     known = {each.name for each in dataclasses.fields(LeverPlan)} - {"settings"}
     if not isinstance(values, dict):
         raise ConfigError(f"{where} is {values!r}", hint="a table with on, why and settings")
@@ -205,15 +225,26 @@ def _make(cls: type[Any], values: Any, where: str) -> Any:
     if unknown := sorted(set(values) - set(fields)):
         raise ConfigError(f"{where} has unknown {unknown}", hint="one of " + ", ".join(fields))
     for key, value in values.items():
-        wanted = _TYPES.get(str(fields[key].type))
-        if wanted and (
-            not isinstance(value, wanted) or (isinstance(value, bool) and wanted != (bool,))
-        ):
-            raise ConfigError(f"{where}: {key} is {value!r}", hint=f"it is a {fields[key].type}")
+        if not _fits(value, str(fields[key].type)):
+            raise ConfigError(f"{where}: {key} is {value!r}", hint=f"of type {fields[key].type}")
     try:
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}", hint="make the plan anew") from error
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    """Tell whether a value is what a field's annotation says."""
+    kind, _, inner = wanted.removesuffix("]").partition("[")
+    if kind == "list":
+        return isinstance(value, list) and all(_fits(each, inner) for each in value)  # pyright: ignore[reportUnknownVariableType]
+    if kind == "dict":
+        each_of = inner.partition(", ")[2]
+        return isinstance(value, dict) and all(_fits(each, each_of) for each in value.values())  # pyright: ignore[reportUnknownVariableType]
+    types = _TYPES.get(kind)
+    return types is None or (
+        isinstance(value, types) and (not isinstance(value, bool) or types == (bool,))
+    )
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -52,6 +52,7 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
     world_size: int = 1,
+    count: Callable[[Any], torch.Tensor] | None = None,
     path: str | Path | None = None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> Plan:
@@ -74,6 +75,7 @@ def plan(
         optimizer: The caller's own; then no rate is probed and Muon is off.
         seed: Of the order of samples.
         world_size: Ranks that will train.
+        count: As for `fit`.
         path: Write the plan there as well.
         progress: Told what is being tried.
 
@@ -87,13 +89,13 @@ def plan(
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     progress("looking at the model and the data")
     fingerprint = take_fingerprint(
-        plain, data, loss, task=task, device=device, world_size=world_size
+        plain, data, loss, task=task, device=device, world_size=world_size, count=count
     )
     batch_size, batch_why = _batch_size(data, world_size)
     length = _length(data, batch_size, fingerprint, steps, epochs)
     prober = Prober(
         plain, data, eval_data, loss,
-        device=device, batch_size=batch_size // world_size, seed=seed,
+        device=device, batch_size=batch_size // world_size, seed=seed, count=count,
     )  # fmt: skip
     with contextlib.closing(prober):
         found = _Findings(prober, fingerprint, progress)
@@ -269,6 +271,8 @@ def _length(
     if steps is None and epochs is None:
         epochs = 1 if fingerprint.task == "language-model" else 3 if fingerprint.pretrained else 10
         why = f"nobody gave a length: {epochs} passes over the data"
+    if epochs is not None and not math.isfinite(epochs):
+        raise ConfigError(f"{epochs=} is no length", hint="a number of passes over the data")
     if steps is None:
         assert epochs is not None
         steps = max(round(epochs * len(data) / batch_size), 1) if epochs > 0 else 0

@@ -97,7 +97,7 @@ def rate_probe(
     Raises:
         ConfigError: The arguments make no ladder, or no rate trains at all.
     """
-    if start <= 0 or factor <= 1 or max_runs < 1 or least_gain < 0:
+    if not 0 < start < math.inf or not factor > 1 or max_runs < 1 or least_gain < 0:
         raise ConfigError(
             f"no ladder of rates has {start=}, {factor=}, {max_runs=}, {least_gain=}",
             hint="start > 0, factor > 1, max_runs >= 1, least_gain >= 0",

@@ -11,7 +11,7 @@ import torch
 
 from trainonce.errors import ConfigError, ProbeError
 from trainonce.levers.batches import blocks_of, call_model, num_samples, to_device
-from trainonce.levers.fingerprint import is_per_sample, kept
+from trainonce.levers.fingerprint import amount_of, is_per_sample, kept
 from trainonce.levers.flops import count_flops
 from trainonce.levers.memory import Accumulation, BatchSize, find_batch_size
 from trainonce.levers.optimizer import muon_adamw
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trainonce.levers.batches import Data
 
     Loss = Callable[[Any, Any], torch.Tensor]
+    Count = Callable[[Any], torch.Tensor]
 
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 256
 _LEAST_GAIN = 0.1
@@ -44,6 +45,7 @@ class Prober:
         device: Where the model is.
         batch_size: Samples of an update that one rank takes.
         seed: Of the order.
+        count: How much of each sample counts; the loss is a sum then.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class Prober:
         device: torch.device,
         batch_size: int,
         seed: int,
+        count: Count | None = None,
     ) -> None:
         self.model = model
         self._data = data
         self._loss = loss
+        self._count = count
         self.device = device
         self._seed = seed
         self.batch_size = batch_size
@@ -240,15 +244,16 @@ class Prober:
     def held_out_loss(self) -> float:
         """Return the mean loss of the held-out samples under the model as it is."""
         self.model.eval()
-        return mean_loss(
+        total, amount = sum_losses(
             self.model, self._held_out, self._held_out_indices, self._loss, self.device,
-            self.micro_batch,
+            self.micro_batch, self._count,
         )  # fmt: skip
+        return total / max(amount, 1)
 
     def _backward(self, batch: Any) -> float:
-        total, samples = 0.0, num_samples(batch)
+        total, amount = 0.0, max(amount_of(batch, self._count), 1)
         for micro, _ in Accumulation(self.micro_batch).split(batch):
-            loss = self._mean_loss(micro) * (num_samples(micro) / samples)
+            loss = self._mean_loss(micro) * (amount_of(micro, self._count) / amount)
             loss.backward()
             total += float(loss.detach())
         return total
@@ -256,7 +261,10 @@ class Prober:
     def _mean_loss(self, batch: Any, precision: Precision | None = None) -> torch.Tensor:
         with (precision or self.precision).autocast():
             out = call_model(self.model, batch)
-            loss = self._loss(out, batch).float().mean()
+            losses = self._loss(out, batch).float()
+            loss = losses.mean()
+            if self._count is not None:
+                loss = losses.sum() / max(amount_of(batch, self._count), 1)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ConfigError(
                 "the loss does not depend on what is trained",
@@ -278,22 +286,27 @@ def guard_indices(num_train: int, num_eval: int | None, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def mean_loss(
+def sum_losses(
     model: torch.nn.Module,
     data: Data,
     indices: list[int],
     loss: Loss,
     device: torch.device,
     batch_size: int,
-) -> float:
-    """Return the mean over samples of a loss or metric; the model is in the mode it is in."""
-    total, count = 0.0, 0
+    count: Count | None = None,
+) -> tuple[float, int]:
+    """Return the sum of a loss or metric, and over how many samples, or of what `count` counts.
+
+    The model is in the mode it is in.
+    """
+    total, amount = 0.0, 0
     for start in range(0, len(indices), batch_size):
         batch = to_device(data.batch(indices[start : start + batch_size]), device)
         samples = num_samples(batch)
         values = loss(call_model(model, batch), batch)
         found: Any = values
         is_per_sample(found.float() if isinstance(found, torch.Tensor) else found, samples)
-        total += float(values.double().mean()) * samples
-        count += samples
-    return total / max(count, 1)
+        mean = count is None
+        total += float(values.double().mean()) * samples if mean else float(values.double().sum())
+        amount += amount_of(batch, count)
+    return total, amount

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ _TITLES = {
     "candidate-fast": "levers, to the default's quality",
     "shorter": "control: tuned, shorter schedule",
     "subset": "control: tuned, random subset",
+    "default-shorter": "control: default, shorter schedule",
 }
 
 
@@ -129,9 +131,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
-    for arm, marker in zip(record["arms"], "os*D^vP", strict=False):
+    for arm, marker in zip(record["arms"], "os*D^vPX", strict=False):
         runs = [run for run in arm["runs"] if run["loss"] is not None]
         gflop = [run["usage"]["flops"] / 1e9 for run in runs]
         axes.plot(
@@ -139,13 +141,16 @@ def plot(record: dict[str, Any], path: Path) -> None:
             [run["loss"] for run in runs],
             marker,
             alpha=0.6,
-            label=f"{_TITLES[arm['role']]} ({arm['recipe']['name']})",
+            label=textwrap.fill(f"{_TITLES[arm['role']]} ({arm['recipe']['name']})", 96),
         )
     axes.set_xlabel("GFLOP of a run")
     axes.set_ylabel(record["task"]["metric"])
-    axes.set_ylim(bottom=0 if axes.get_ylim()[0] < 0 else None)
+    found = [run["loss"] for arm in record["arms"] for run in arm["runs"]]
+    losses = [loss for loss in found if loss is not None]
+    if losses and min(losses) >= 0 > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=0)
     axes.set_title(f"{record['task']['name']}: each point is one seed")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower left", fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 

@@ -19,7 +19,7 @@ from trainonce.ledger.spending import Action
 from trainonce.levers.base import Lever, Stack
 from trainonce.levers.batches import blocks_of, call_model, num_samples, to_device, unwrapped
 from trainonce.levers.early_stop import EarlyStop
-from trainonce.levers.fingerprint import is_per_sample, kept
+from trainonce.levers.fingerprint import amount_of, is_per_sample, kept
 from trainonce.levers.freeze import Freeze
 from trainonce.levers.guard import Verdict, judge
 from trainonce.levers.infobatch import InfoBatch, WithIndex
@@ -27,7 +27,7 @@ from trainonce.levers.memory import Accumulation
 from trainonce.levers.noise_scale import NoiseScale
 from trainonce.levers.optimizer import muon_adamw
 from trainonce.levers.precision import Precision
-from trainonce.levers.probes import guard_indices, mean_loss
+from trainonce.levers.probes import guard_indices, sum_losses
 from trainonce.levers.quantized import quantized_training
 from trainonce.levers.recompute import recompute, recompute_all
 from trainonce.levers.schedule import Schedule
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from trainonce.levers.recompute import Recomputing
 
     Loss = Callable[[Any, Any], torch.Tensor]
+    Count = Callable[[Any], torch.Tensor]
 
 BEST = "best.safetensors"
 
@@ -186,6 +187,7 @@ class Training:
         loss: Of the caller.
         metric: Of the caller, lower is better; the loss if None.
         optimizer: Of the caller; the plan's if None.
+        count: Of the caller: how much of each sample counts; its samples if None.
         seed: Of order and generators.
         gate: Watches the budget.
         meter: What is spent.
@@ -195,9 +197,9 @@ class Training:
 
     def __init__(
         self, host: Host, plan: Plan, model: torch.nn.Module, data: Data, eval_data: Data | None,
-        loss: Loss, metric: Loss | None, optimizer: torch.optim.Optimizer | None, *, seed: int,
-        gate: BudgetGate, meter: SpendingMeter, tensorboard: Path | None,
-        show: Callable[[str], None],
+        loss: Loss, metric: Loss | None, optimizer: torch.optim.Optimizer | None, *,
+        count: Count | None, seed: int, gate: BudgetGate, meter: SpendingMeter,
+        tensorboard: Path | None, show: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.host, self.plan, self.state = host, plan, State()
         _quantize(plan, model)
@@ -209,6 +211,11 @@ class Training:
                 "must not communicate",
                 hint="switch one of them off in the plan, or train on one rank",
             )
+        if count is not None and "noise-scale" in self.levers:
+            raise ConfigError(
+                "the noise scale joins batches to one update before it is known what counts in all",
+                hint="switch the noise scale off in the plan, or give no count",
+            )
         self.stack = Stack(**self.levers)
         self.loader = self._make_loader(data)
         self._recomputing = _recompute(plan, model, data, loss, host.device)
@@ -217,6 +224,7 @@ class Training:
             unused = plan.is_on("freeze")
             self.model = DistributedDataParallel(model, find_unused_parameters=unused)
         self._eval_data, self._loss, self._metric = eval_data, loss, metric or loss
+        self._count, self._metric_count = count, None if metric else count
         self._guard_data = eval_data or data
         self._guard_indices = guard_indices(len(data), len(eval_data) if eval_data else None, seed)
         self._seed = seed
@@ -291,7 +299,11 @@ class Training:
         samples = num_samples(batch)
         # Sequences that were cut count as parts of a sample: as many tokens fit at once.
         accumulation = Accumulation(max(self.plan.run.micro_batch * samples // before, 1))
-        scale = weight / samples  # every rank has as many: what does not fill a step is left out
+        amount = amount_of(batch, self._count)
+        # Every rank has as many samples: what does not fill a step is left out.
+        scale = weight / samples
+        if self._count is not None:
+            scale = weight * accumulation.scale(amount, self.host.device)
         local = self.host.local
         total = torch.zeros((), dtype=torch.float64, device=self.host.device)
         for (part, micro), sync in accumulation.split(
@@ -302,18 +314,25 @@ class Training:
                     losses = self._loss(call_model(self.model, micro), micro).float()
                 count = num_samples(micro)
                 mean = self._reduce(losses, part, count)
-                share = losses.detach().double().mean() * (count / samples)
+                share, weighs = losses.detach().double().mean() * (count / samples), count / samples
+                if self._count is not None:
+                    share, weighs = losses.detach().double().sum(), amount_of(micro, self._count)
                 total += share
                 # Before the backward pass: the last collective is in there, and what differs by
                 # rank must be known by then, or it is lost with a process that dies right after.
                 local["loss_sum"] = share + local.get("loss_sum", 0.0)
-                local["loss_count"] = local.get("loss_count", 0.0) + count / samples
+                local["loss_count"] = local.get("loss_count", 0.0) + weighs
                 self.stack.scale_loss(mean * (count * scale)).backward()
-        return total
+        return total if self._count is None else total / max(amount, 1)
 
     def _reduce(self, losses: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor:
         if is_per_sample(losses, count):
             return self.stack.reduce_loss(losses, indices)
+        if self._count is not None:
+            raise ConfigError(
+                "the loss is a scalar, and a count was given",
+                hint="return the sum over what counts of each sample, shape (B,)",
+            )
         if "infobatch" in self.levers and self.levers["infobatch"].enabled:
             raise ConfigError(
                 "the loss is a scalar, and InfoBatch is on in the plan",
@@ -362,15 +381,17 @@ class Training:
         if self._eval_data is None:
             return math.nan
         mine = list(range(self.host.rank, len(self._eval_data), self.host.world_size))
-        found = self._mean_of(self._metric, self._eval_data, mine)
-        return self._mean_over_ranks(found * len(mine), len(mine))
+        sums = self._sum_of(self._metric, self._eval_data, mine, self._metric_count)
+        return self._mean_over_ranks(*sums)
 
-    def _mean_of(self, function: Loss, data: Data, indices: list[int]) -> float:
+    def _sum_of(
+        self, function: Loss, data: Data, indices: list[int], count: Count | None
+    ) -> tuple[float, int]:
         self.model.eval()
         with self.stack.autocast():
             size = max(self.plan.run.micro_batch, 1)
-            found = mean_loss(
-                unwrapped(self.model), data, indices, function, self.host.device, size
+            found = sum_losses(
+                unwrapped(self.model), data, indices, function, self.host.device, size, count
             )
         self.model.train()
         return found
@@ -395,9 +416,10 @@ class Training:
     def _guard(self, step: int, loss: float) -> None:
         compared = loss
         if math.isfinite(loss):
-            mine = self._mean_of(self._loss, self._guard_data, self._guard_indices)
             # Ranks may differ by their batch norms' statistics, and must decide alike.
-            compared = self._mean_over_ranks(mine, 1)
+            compared = self._mean_over_ranks(
+                *self._sum_of(self._loss, self._guard_data, self._guard_indices, self._count)
+            )
         on = [lever for lever in self.levers.values() if lever.enabled]
         decision = judge(
             compared,

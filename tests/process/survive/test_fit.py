@@ -30,3 +30,20 @@ def test_batches_that_the_noise_scale_joins_survive_kills_bit_for_bit(shaken, ca
 def test_fit_survives_kills_at_other_points(shaken, calm):
     others = ["kill rank=0 step=12 point=update", "kill rank=0 step=33 point=commit"]
     check(shaken, calm, [IN_AN_UPDATE, *others, "kill rank=1 step=44 point=commit"])
+
+
+def check_tokens(result):
+    for name, least, most in (("to_mean_of_tokens", 0.0, 1e-5), ("to_mean_of_means", 1e-2, 1e9)):
+        assert all(least <= found <= most for found in result.values(name).values()), name
+    whole = result.values("plain_value")
+    assert result.values("value") == pytest.approx(whole, rel=1e-5)
+
+
+def test_ragged_sequences_on_two_ranks_in_parts_train_as_all_tokens_at_once(calm):
+    """Rank and micro-batch have other numbers of tokens each; plain torch has them all."""
+    check_tokens(calm("fit_ragged.py"))
+
+
+@pytest.mark.slow
+def test_ragged_sequences_survive_a_kill_bit_for_bit(shaken):
+    check_tokens(shaken("fit_ragged.py", faults=["kill rank=1 step=4 point=backward"]))

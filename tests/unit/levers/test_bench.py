@@ -98,6 +98,18 @@ def test_an_agent_stops_once_its_returns_hold_the_target():
     assert train(task, never.settings)[0]["env_steps"] == 2_048
 
 
+def test_a_policy_that_seems_good_is_tried_at_rest_before_training_stops():
+    task = make_study("cartpole", size="small").task
+    at_once = {"steps": 20_000, "epochs": 4, "stop_at": 12.0, "window": 8}
+    _, believed = train(task, ppo(**at_once).settings)
+    found, verified = train(task, ppo(**at_once, verify=1).settings)
+    assert found["env_steps"] < 20_000
+    assert verified.samples > believed.samples
+    # What it took longer was acting alone, which is cheap beside four passes of training.
+    one = train(task, ppo(steps=256, epochs=4).settings)[1].flops
+    assert 0 < verified.flops - believed.flops < 0.1 * one * verified.samples / 256
+
+
 def test_gymnasium_that_is_missing_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(ConfigError, match="gymnasium is not installed") as caught:

@@ -281,6 +281,39 @@ def test_a_plan_of_another_model_is_refused(made, tmp_path):
     assert model_digest(net()) != made.fingerprint.model
 
 
+def test_a_plan_for_more_data_than_there_are_is_refused(made, tmp_path):
+    few = tuple(each[:4] for each in points())
+    with pytest.raises(ConfigError, match="there are 4 to train on") as caught:
+        trainonce.fit(norm_net(), few, square, plan=made, folder=tmp_path, progress=quiet)
+    assert "batch_size" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("plan", 5, "plan is 5"),
+        ("budget", {"max_hours": 1}, "budget is"),
+        ("optimizer", torch.optim.SGD, "optimizer is"),
+        ("optimizer", torch.optim.SGD([torch.zeros(1, requires_grad=True)]), "none of the model's"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_with_a_hint(name, given, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        trainonce.fit(norm_net(), points(), square, **{name: given})
+    assert caught.value.hint
+    with pytest.raises(ConfigError, match="model is 3"):
+        trainonce.fit(3, points(), square)
+
+
+def test_runs_that_begin_in_the_same_second_do_not_go_on_from_one_another(made):
+    results = [
+        trainonce.fit(norm_net(), points(), square, plan=made, seed=seed, progress=quiet)
+        for seed in range(3)
+    ]
+    assert len({result.folder for result in results}) == 3
+    assert len({result.loss for result in results}) == 3
+
+
 def test_state_of_another_run_is_refused(made, tmp_path):
     fit(tmp_path, made)
     other = made.override("freeze", on=False)

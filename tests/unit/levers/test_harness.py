@@ -36,7 +36,8 @@ class Known:
 
     def shorter(self, recipe, share):
         steps = round(recipe.settings["steps"] * share)
-        return Recipe("shorter", {**recipe.settings, "id": "shorter", "steps": steps})
+        name = f"{recipe.name}, shorter"
+        return Recipe(name, {**recipe.settings, "id": name, "steps": steps})
 
     def subset(self, recipe, share):
         settings = {**self.shorter(recipe, share).settings, "id": "subset", "bias": 0.5}
@@ -85,6 +86,12 @@ def test_controls_get_the_candidates_compute_and_are_judged_alike(found):
     for role in ("shorter", "subset"):
         assert found.arms[role].runs[0].usage.flops == found.arms["candidate"].runs[0].usage.flops
         assert not found.arms[role].against_tuned.equal
+
+
+def test_the_default_is_also_cut_to_the_compute_of_the_candidate_that_should_match_it(found):
+    control, candidate = found.arms["default-shorter"], found.arms["candidate-fast"]
+    assert control.runs[0].usage.flops == candidate.runs[0].usage.flops
+    assert not control.against_default.equal
 
 
 def test_choices_see_only_tuning_seeds_and_the_tuning_split():

@@ -101,6 +101,13 @@ def test_a_loss_that_is_not_per_sample_gets_a_hint(losses, indices):
     assert 'reduction="none"' in caught.value.hint
 
 
+@pytest.mark.parametrize("index", [-1, 4])
+def test_an_index_beyond_the_dataset_is_refused(index):
+    with pytest.raises(ConfigError, match="made for 4 samples") as caught:
+        InfoBatch(4, 8).reduce_loss(torch.ones(2), torch.tensor([0, index]))
+    assert "length of the dataset" in caught.value.hint
+
+
 def test_another_dataset_is_refused():
     with pytest.raises(ConfigError, match="began with 4 samples"):
         InfoBatch(5, 8).load_state_dict(InfoBatch(4, 8).state_dict())

@@ -47,7 +47,7 @@ def candidates(grid: str) -> list[Recipe]:
     if grid == "small":
         return [recipe(steps=_BUDGET, epochs=4, share=s, stop_at=_SOLVED) for s in (0.5, 1.0)]
     return [
-        recipe(steps=_BUDGET, lr=lr, epochs=4, share=share, stop_at=stop_at, window=50)
+        recipe(steps=_BUDGET, lr=lr, epochs=4, share=share, stop_at=stop_at, window=32, verify=4)
         for lr in (1e-3, 3e-3)
         for share in (0.5, 1.0)
         for stop_at in (_SOLVED, -90.0, -85.0)

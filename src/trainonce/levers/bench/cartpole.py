@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainonce.levers.bench.control import Control, Setting, recipe
 
@@ -32,23 +32,31 @@ def baseline(grid: str) -> list[Recipe]:
     """Return fixed budgets, over rates and passes over what was gathered."""
     if grid == "small":
         return [recipe(steps=steps, epochs=10) for steps in (30_000, 60_000)]
-    shorter = [
+    return [
         recipe(steps=steps, lr=lr, epochs=epochs)
-        for steps in (20_000, 30_000, 50_000)
-        for lr in (1e-3, 3e-3)
-        for epochs in (10, 20)
+        for steps, choices in (
+            (20_000, ((1e-3, 10), (1e-3, 20), (3e-3, 10))),
+            (30_000, ((1e-3, 10), (1e-3, 20), (3e-3, 10))),
+            (50_000, ((1e-3, 20), (3e-3, 10))),
+        )
+        for lr, epochs in choices
     ]
-    return [*shorter, recipe(steps=_BUDGET, epochs=10), recipe(steps=_BUDGET, lr=3e-3, epochs=10)]
 
 
 def candidates(grid: str) -> list[Recipe]:
-    """Return early stops that know returns, with and without part of each batch."""
+    """Return early stops that know returns, with and without part of each batch and passes."""
     if grid == "small":
         return [recipe(steps=_BUDGET, share=share, stop_at=_SOLVED) for share in (0.5, 1.0)]
-    shares = (0.25, 0.5, 1.0)
-    chosen = [
-        recipe(steps=_BUDGET, lr=lr, epochs=epochs, share=share, stop_at=_SOLVED)
-        for lr, epochs in ((1e-3, 20), (1e-3, 10), (3e-3, 10))
-        for share in shares
+    at_once = recipe(steps=_BUDGET, stop_at=_SOLVED)
+    spared: tuple[dict[str, Any], ...] = (
+        {"share": 0.5},
+        {"lr": 3e-3, "epochs": 10, "share": 0.5},
+        {"lr": 3e-3, "epochs": 10, "share": 0.25},
+        {"lr": 3e-3, "epochs": 5, "share": 0.5},
+    )
+    verified = [
+        recipe(steps=_BUDGET, stop_at=stop_at, window=8, verify=2, **each)
+        for each in spared
+        for stop_at in ((_SOLVED, 495.0) if "lr" in each else (_SOLVED,))
     ]
-    return [*chosen, *(recipe(steps=_BUDGET, share=share, stop_at=490.0) for share in shares)]
+    return [at_once, *verified]

@@ -46,6 +46,8 @@ class ControlRecipe:
         share: Part of what was gathered that is trained on, drawn at random.
         stop_at: Stop once the mean return of the last `window` episodes is this; None never.
         window: Episodes of that mean.
+        verify: Once they reach it, make no update until each environment has had so many new
+            episodes, and stop only if their mean reaches it too; 0 takes the first at its word.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class ControlRecipe:
     share: float = 1.0
     stop_at: float | None = None
     window: int = 20
+    verify: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +100,24 @@ def _perceptron(fan_in: int, width: int, fan_out: int, gain: float) -> nn.Sequen
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Rollout:
+    """What the environments gave, shape (T, E) but for `observed`, which has a row more.
+
+    Args:
+        cut: (step, environment, observation) of episodes that their time limit ended.
+    """
+
+    observed: torch.Tensor
+    actions: torch.Tensor
+    log_probs: torch.Tensor
+    rewards: torch.Tensor
+    ends: torch.Tensor
+    cut: list[tuple[int, int, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Gathered:
-    """What the environments gave in one rollout, all but `observed` over (T, E) flattened."""
+    """What is learned from, over (T, E) flattened."""
 
     observed: torch.Tensor
     actions: torch.Tensor
@@ -195,11 +214,13 @@ class _Run:
         self._stop = EarlyStop(
             target=how.stop_at or 0.0,
             better="higher",
+            hold=2 if how.verify else 1,
             schedule=self._schedule,
             enabled=how.stop_at is not None,
         )
         self._running = [0.0] * setting.num_envs
         self._recent: collections.deque[float] = collections.deque(maxlen=how.window)
+        self._verifying: list[list[float]] = []  # new returns of each environment
         self.steps = 0
 
     def _open(self) -> Any:
@@ -210,16 +231,40 @@ class _Run:
         per_iteration = self._setting.num_envs * self._setting.rollout
         for iteration in range(self._iterations):
             self._schedule.begin_step(iteration)
-            clip = 0.2 * self._schedule.factor(iteration)
-            meter.step("iteration", lambda clip=clip: self._iterate(clip), samples=per_iteration)
+            if self._verifying:
+                meter.step("act", self._act, samples=per_iteration)
+            else:
+                clip = 0.2 * self._schedule.factor(iteration)
+                meter.step("iterate", lambda clip=clip: self._iterate(clip), samples=per_iteration)
             self.steps += per_iteration
-            if len(self._recent) == self._how.window:
-                value = sum(self._recent) / len(self._recent)
-                if self._stop.observe(iteration, value).stop:
+            if (value := self._value()) is not None:
+                decision = self._stop.observe(iteration, value)
+                if decision.stop:
                     return
+                self._verify(decision.reached and not self._verifying)
+
+    def _value(self) -> float | None:
+        """Return the mean return that is to be judged, once there are episodes enough."""
+        if not self._verifying:
+            enough = len(self._recent) == self._how.window
+            return sum(self._recent) / len(self._recent) if enough else None
+        if min(map(len, self._verifying)) < self._how.verify:
+            return None
+        # As many of each: those that finish first are the short ones.
+        counted = [one for each in self._verifying for one in each[: self._how.verify]]
+        return sum(counted) / len(counted)
+
+    def _verify(self, begin: bool) -> None:
+        if begin or self._verifying:
+            self._recent.clear()
+        self._verifying = []
+        if begin:  # with episodes that are this policy's from their first step
+            self._verifying = [[] for _ in self._envs]
+            self._now = [env.reset()[0] for env in self._envs]
+            self._running = [0.0] * len(self._envs)
 
     def _iterate(self, clip: float) -> None:
-        found = self._gather()
+        found = self._assess(self._act())
         total = len(found.actions)
         kept = torch.randperm(total, generator=self._generator)[: round(self._how.share * total)]
         for _ in range(self._how.epochs):
@@ -244,17 +289,19 @@ class _Run:
         self._optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def _gather(self) -> _Gathered:
-        """Act for T steps in each environment; an episode cut by its time limit is bootstrapped."""
+    def _act(self) -> _Rollout:
+        """Act for T steps in each environment."""
         horizon, count = self._setting.rollout, self._setting.num_envs
         observed = torch.zeros(horizon + 1, count, len(self._scale))
         actions = torch.zeros(horizon, count, dtype=torch.long)
+        log_probs = torch.zeros(horizon, count)
         rewards, ends = torch.zeros(horizon, count), torch.zeros(horizon, count)
         cut: list[tuple[int, int, torch.Tensor]] = []
         for step in range(horizon):
             observed[step] = self._observed(self._now)
-            chances = self._agent.policy(observed[step]).softmax(-1)
-            actions[step] = torch.multinomial(chances, 1, generator=self._generator)[:, 0]
+            chances = self._agent.policy(observed[step]).log_softmax(-1)
+            chosen = torch.multinomial(chances.exp(), 1, generator=self._generator)
+            actions[step], log_probs[step] = chosen[:, 0], chances.gather(1, chosen)[:, 0]
             for i, (env, action) in enumerate(zip(self._envs, actions[step].tolist(), strict=True)):
                 self._now[i], reward, ended, timed_out, _ = env.step(action)
                 rewards[step, i] = float(reward)
@@ -263,19 +310,37 @@ class _Run:
                     ends[step, i] = 1.0
                     if timed_out and not ended:
                         cut.append((step, i, self._observed([self._now[i]])))
-                    self._recent.append(self._running[i])
-                    self._running[i] = 0.0
-                    self._now[i], _ = env.reset()
+                    self._finish(i)
         observed[horizon] = self._observed(self._now)
-        for step, i, last in cut:
-            rewards[step, i] += self._setting.gamma * self._agent.value(last)[0, 0]
-        values = self._agent.value(observed)[..., 0]
-        advantages = self._advantages(rewards, values, ends)
-        log_probs = self._agent.policy(observed[:horizon]).log_softmax(-1)
+        return _Rollout(
+            observed=observed,
+            actions=actions,
+            log_probs=log_probs,
+            rewards=rewards,
+            ends=ends,
+            cut=cut,
+        )
+
+    def _finish(self, i: int) -> None:
+        """Note the return of an environment's episode, and begin its next."""
+        self._recent.append(self._running[i])
+        if self._verifying:
+            self._verifying[i].append(self._running[i])
+        self._running[i] = 0.0
+        self._now[i], _ = self._envs[i].reset()
+
+    @torch.no_grad()
+    def _assess(self, found: _Rollout) -> _Gathered:
+        """Value what was done; an episode cut by its time limit is bootstrapped."""
+        horizon = self._setting.rollout
+        for step, i, last in found.cut:
+            found.rewards[step, i] += self._setting.gamma * self._agent.value(last)[0, 0]
+        values = self._agent.value(found.observed)[..., 0]
+        advantages = self._advantages(found.rewards, values, found.ends)
         return _Gathered(
-            observed=observed[:horizon].flatten(0, 1),
-            actions=actions.flatten(),
-            log_probs=log_probs.gather(2, actions[..., None]).flatten(),
+            observed=found.observed[:horizon].flatten(0, 1),
+            actions=found.actions.flatten(),
+            log_probs=found.log_probs.flatten(),
             advantages=advantages.flatten(),
             returns=(advantages + values[:horizon]).flatten(),
         )
@@ -321,4 +386,6 @@ def recipe(**settings: Any) -> Recipe:
         name += f", {how.share:.0%} of each batch"
     if how.stop_at is not None:
         name += f", until {how.stop_at:g} over {how.window}"
+    if how.verify:
+        name += f" and {how.verify} an environment at rest"
     return Recipe(name, dataclasses.asdict(how))

@@ -2,7 +2,7 @@
 
 MODE=plain|trainonce, MODEL as in `workload.build`, MESH such as rep:2,shard:2, WARM_UP, STEPS,
 SHADOW (steps from one shadow copy to the next); each rank writes one JSON object to OUT.<rank>.
-With STEPS_FILE set, each committed step is recorded there instead, for kills from outside.
+With STEPS_FILE set it trains until it is stopped, and records each committed step there.
 """
 
 import json
@@ -35,7 +35,12 @@ fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
 
 
+executed = 0
+
+
 def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    global executed  # a rank that takes over skips the steps that are committed
+    executed += 1
     loss = model.loss(model(x), y)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -44,20 +49,42 @@ def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return loss.detach()
 
 
+shadow_s = {"copying": 0.0, "copying_cpu": 0.0, "waiting": 0.0}
 if run is not None:
     shadow = os.environ.get("SHADOW")
     run.protect(
         model=model, optimizer=optimizer, shadow_every=None if shadow is None else int(shadow)
     )
     train_step = run.step(train_step)
+    keeper = run._runner.shadow
+    write, wait = keeper._write, keeper.wait
+
+    def timed_write(*args) -> None:
+        begun_s, begun_cpu_s = time.perf_counter(), time.thread_time()
+        write(*args)
+        shadow_s["copying"] += time.perf_counter() - begun_s
+        shadow_s["copying_cpu"] += time.thread_time() - begun_cpu_s
+
+    def timed_wait() -> None:
+        begun_s = time.perf_counter()
+        wait()
+        shadow_s["waiting"] += time.perf_counter() - begun_s
+
+    keeper._write, keeper.wait = timed_write, timed_wait
 rank = dist.get_rank()
 warm_up, steps = int(os.environ["WARM_UP"]), int(os.environ["STEPS"])
 source = batches(model.samples(4096), size, rank % 4)
-records = open_records() if "STEPS_FILE" in os.environ else -1
-for step in range(warm_up):
+if "STEPS_FILE" in os.environ:
+    records = open_records()
+    for step in range(1_000_000):
+        before = executed
+        train_step(*next(source))
+        if executed > before:
+            write_record(records, rank, step)
+for _ in range(warm_up):
     train_step(*next(source))
-    if records >= 0:
-        write_record(records, rank, step)
+for key in shadow_s:
+    shadow_s[key] = 0.0
 begun = time.perf_counter(), time.process_time()
 times = []
 for _ in range(steps):
@@ -65,6 +92,7 @@ for _ in range(steps):
     loss = train_step(*next(source))
     times.append(time.perf_counter() - begun_s)
 ended = time.perf_counter(), time.process_time()
+of_shadow = {f"shadow_{key}_s": seconds for key, seconds in shadow_s.items()}
 
 
 def median_s(action, times: int = 15) -> float:
@@ -85,6 +113,7 @@ if run is not None:
     ways["image_bytes"] = run._runner.protected.num_bytes()
 result = {
     **ways,
+    **of_shadow,
     "wall_s": ended[0] - begun[0],
     "cpu_s": ended[1] - begun[1],
     "median_step_s": sorted(times)[steps // 2],

@@ -91,9 +91,10 @@ class Incident(Event):
             "migration", "launcher".
         detail: One phrase: "SIGKILL", "exit code 1", "no progress for 12.0 s".
         detected_by: "process exit", "progress", "stopped process", "collective", "request",
-            "digest", "health", "drain".
-        served_by: "migration", "rebuild", "shadow", "reform", "mirror", "checkpoint",
-            "restart", "repair" or "none" where the job ended.
+            "digest", "health", "drain", "capacity".
+        served_by: "migration", "rebuild", "guest" (a rebuild on the device of another rank),
+            "shadow", "reform", "mirror", "checkpoint", "restart", "repair" or "none" where the
+            job ended.
         planned: A move that was asked for.
         chaos: Injected by a fault plan.
         step: Committed steps of the job when it happened.
@@ -105,7 +106,8 @@ class Incident(Event):
         bytes_moved: Bytes of state moved.
         digest_before: Digest of the replicated state as the donor gave it.
         digest_after: The same as the newcomer received it.
-        waited_for_spare_s: Part of the pause spent waiting for a worker to start.
+        waited_for_spare_s: Part of the pause spent waiting for a worker to start, or for a
+            device to start it on.
         host: Where it happened.
         pids: Of the processes that it hit.
         supported: The script calls `trainonce.init()`. A plain script is restarted as a whole, and
@@ -135,6 +137,22 @@ class Incident(Event):
     host: str = ""
     pids: list[int] = field(default_factory=lambda: [])
     supported: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestsChanged(Event):
+    """Which ranks share a device with another rank has changed: steps take longer meanwhile.
+
+    Args:
+        ranks: The guests; empty once every rank has a device of its own again.
+        hosts: The rank on whose device each of them is.
+        step: Committed steps of the job.
+    """
+
+    kind: ClassVar[str] = "guests_changed"
+    ranks: list[int]
+    hosts: list[int]
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,7 +403,7 @@ _KINDS: dict[str, type[Event]] = {
         JobStarted, JobEnded, GenerationFormed, Incident, FaultInjected, ProgressMade,
         SpareParked, CheckpointSaved, CheckpointSkipped, ReplicasDiffer, ValueLost,
         ComputeSaved, EnergyUsed, LeverApplied, BudgetCrossed, HealthChanged,
-        StragglerFound, LoaderSlow, HotSpots,
+        StragglerFound, LoaderSlow, HotSpots, GuestsChanged,
     )
 }  # fmt: skip
 

@@ -44,12 +44,13 @@ WORKER = EnvVar("TRAINONCE_WORKER", "set by the launcher: id of this worker with
 CONTROL_FD = EnvVar("TRAINONCE_CONTROL_FD", "set by the launcher: socket to the controller")
 PROGRESS_FD = EnvVar("TRAINONCE_PROGRESS_FD", "set by the launcher: shared progress page")
 SPARE = EnvVar("TRAINONCE_SPARE", "set by the launcher: 1 in a worker that holds no rank yet")
+SLOT = EnvVar("TRAINONCE_SLOT", "set by the launcher: number of the device to use, if any")
 
 TEST_RECORDS = EnvVar("TRAINONCE_TEST_RECORDS", "set by trainonce.testing: folder for records")
 
 ALL = (
     HOME, STORE, PROJECT, PRECISION, PRELOAD, REDUNDANCY, PROFILE_S, JOB, WORKER, CONTROL_FD,
-    PROGRESS_FD, SPARE, TEST_RECORDS,
+    PROGRESS_FD, SPARE, SLOT, TEST_RECORDS,
 )  # fmt: skip
 
 

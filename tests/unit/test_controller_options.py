@@ -88,7 +88,7 @@ def test_the_environment_is_that_of_torchrun(script, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     options = RunOptions(script=script, nproc=2, role="r", run_id="id")
     env = environment.environment(
-        options, job="j", worker=5, rank=1, incarnation=2, store_port=9, max_restarts=3
+        options, job="j", worker=5, rank=1, slot=3, incarnation=2, store_port=9, max_restarts=3
     )
     expected = {
         "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -97,23 +97,25 @@ def test_the_environment_is_that_of_torchrun(script, monkeypatch):
         "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "3",
         "TORCHELASTIC_RUN_ID": "id", "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "OMP_NUM_THREADS": "1",
-        "TRAINONCE_JOB": "j", "TRAINONCE_WORKER": "5",
+        "TRAINONCE_JOB": "j", "TRAINONCE_WORKER": "5", "TRAINONCE_SLOT": "3",
     }  # fmt: skip
     assert {name: env.get(name) for name in expected} == expected
 
 
 def test_a_virtual_local_rank_sees_its_own_device_first(script, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    options = RunOptions(script=script, nproc=3, virtual_local_rank=True)
 
-    def env(rank):
+    def env(nproc, rank, slot):
         return environment.environment(
-            options, job="j", worker=0, rank=rank, incarnation=0, store_port=9, max_restarts=0
-        )
+            RunOptions(script=script, nproc=nproc, virtual_local_rank=True), job="j", worker=0,
+            rank=rank, slot=slot, incarnation=0, store_port=9, max_restarts=0,
+        )  # fmt: skip
 
-    assert (env(1)["LOCAL_RANK"], env(1)["CUDA_VISIBLE_DEVICES"]) == ("0", "6")
-    with pytest.raises(ConfigError, match="no device"):
-        env(2)
+    assert (env(2, 1, 1)["LOCAL_RANK"], env(2, 1, 1)["CUDA_VISIBLE_DEVICES"]) == ("0", "6")
+    assert env(2, 1, 0)["CUDA_VISIBLE_DEVICES"] == "4"  # as a guest
+    assert env(2, 1, 2)["CUDA_VISIBLE_DEVICES"] == "4"  # in the slot of a spare
+    with pytest.raises(ConfigError, match="rank 2 has no device"):
+        env(3, 0, 0)
 
 
 def test_commands_run_scripts_modules_and_programs(script):

@@ -10,9 +10,16 @@ from trainonce.controller.policy import (
     Death,
     HangLimits,
     RankStatus,
+    Room,
+    SlotStatus,
     SpareStatus,
+    WhenNoSpare,
+    find_room,
+    is_out_of_memory,
     judge_death,
     judge_progress,
+    place_for_move,
+    place_ranks,
     rank_spares,
 )
 from trainonce.errors import ConfigError
@@ -182,3 +189,77 @@ def test_no_order_of_deaths_and_reports_lets_an_inconsistent_rank_survive(data):
 def test_replacements_must_be_for_exactly_the_lost_ranks():
     with pytest.raises(ValueError, match="lost"):
         Membership(workers=(0, 1)).lose([1]).succeed({0: 2})
+
+
+def slots(*workers, lost=()):
+    return [
+        SlotStatus(slot=n, workers=count, usable=n not in lost) for n, count in enumerate(workers)
+    ]
+
+
+@pytest.mark.parametrize("policy", WhenNoSpare)
+def test_a_free_slot_is_used_whatever_is_to_happen_without_one(policy):
+    room = find_room(1, slots(1, 0, 1), policy)
+    assert (room.slots, room.short, room.shared, room.leave) == ((1,), 0, 0, False)
+
+
+def test_without_a_free_slot_it_is_waited_spread_or_left_as_asked_for():
+    lost = slots(1, 0, 1, lost=[1])
+    assert find_room(1, lost, WhenNoSpare.WAIT) == Room(short=1)
+    assert find_room(1, lost, WhenNoSpare.SPREAD) == Room(slots=(0,), shared=1)
+    assert find_room(1, lost, WhenNoSpare.CHECKPOINT) == Room(slots=(0,), shared=1, leave=True)
+
+
+def test_several_guests_go_to_different_slots_and_after_those_with_guests():
+    crowded = slots(1, 0, 2, 1, 0, lost=[1, 4])
+    assert find_room(2, crowded, WhenNoSpare.SPREAD).slots == (0, 3)
+    assert find_room(4, crowded, WhenNoSpare.SPREAD).slots == (0, 3, 0, 2)
+
+
+def test_what_is_free_is_used_before_anything_is_shared():
+    room = find_room(2, slots(1, 0, 0, lost=[1]), WhenNoSpare.SPREAD)
+    assert (room.slots, room.shared) == ((2, 0), 1)
+
+
+def test_a_slot_that_will_fail_takes_a_guest_only_where_there_is_no_other():
+    assert find_room(1, slots(1, 2, 0, lost=[0, 2]), WhenNoSpare.SPREAD).slots == (1,)
+    assert find_room(1, slots(1, 0, lost=[0, 1]), WhenNoSpare.SPREAD).slots == (0,)
+
+
+@pytest.mark.parametrize("policy", WhenNoSpare)
+def test_nothing_is_spread_over_a_host_where_nobody_lives(policy):
+    assert find_room(2, slots(0, 0, lost=[0, 1]), policy) == Room(short=2)
+
+
+def test_a_start_of_all_ranks_keeps_each_in_its_slot_and_moves_only_who_must():
+    assert place_ranks(3, slots(0, 0, 0, 0), WhenNoSpare.WAIT) == (0, 1, 2)
+    assert place_ranks(3, slots(0, 0, 0, 0, lost=[1]), WhenNoSpare.WAIT) == (0, 3, 2)
+    assert place_ranks(3, slots(0, 0, 0, lost=[1]), WhenNoSpare.SPREAD) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("policy", [WhenNoSpare.WAIT, WhenNoSpare.CHECKPOINT])
+def test_a_start_of_all_ranks_without_room_for_all_is_none(policy):
+    assert place_ranks(3, slots(0, 0, 0, lost=[1]), policy) == ()
+
+
+def test_a_move_goes_to_a_free_slot_or_stays_where_it_is():
+    assert place_for_move(slots(1, 1, 0), 0, WhenNoSpare.WAIT) == 2
+    assert place_for_move(slots(1, 1), 1, WhenNoSpare.WAIT) == 1
+
+
+def test_a_move_away_from_a_bad_device_makes_a_guest_only_where_that_is_wanted():
+    bad = slots(1, 1, 2, lost=[0])
+    assert place_for_move(bad, 0, WhenNoSpare.SPREAD) == 1
+    assert place_for_move(bad, 0, WhenNoSpare.WAIT) is None
+
+
+def test_want_of_memory_on_a_shared_device_is_no_bug_of_the_script():
+    detail = "OutOfMemoryError: CUDA out of memory"
+    alone = [Death(rank=1, step=4, cause="exception", detail=detail)] * 2
+    assert judge_death(alone, 2).action is Action.END
+    crowded = [Death(rank=1, step=4, cause="exception", detail=detail, crowded=True)] * 4
+    assert judge_death(crowded, 2).action is Action.REPLACE
+    assert is_out_of_memory(detail)
+    assert is_out_of_memory("AcceleratorError: CUDA error: out of memory")
+    assert is_out_of_memory("RuntimeError: DefaultCPUAllocator: can't allocate memory")
+    assert not is_out_of_memory("ValueError: no such key in memory")

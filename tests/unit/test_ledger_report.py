@@ -8,7 +8,7 @@ import pytest
 
 from trainonce.cli.main import main
 from trainonce.errors import JobNotFoundError
-from trainonce.events import Event, FaultInjected, Incident, JobStarted
+from trainonce.events import Event, FaultInjected, GuestsChanged, Incident, JobStarted
 from trainonce.ledger import prices
 from trainonce.ledger.guarantee import classify, clopper_pearson, is_resolved, judge
 from trainonce.ledger.page import page
@@ -123,6 +123,28 @@ def test_clock_that_is_set_while_a_job_runs_moves_no_incident(tmp_path: Path) ->
     assert second.time == first.time
     assert second.economics.audits == first.economics.audits
     assert first.economics.audits[0].base_step == 50
+
+
+def test_time_on_shared_devices_is_told_and_counts_as_productive(tmp_path: Path) -> None:
+    guests = [
+        GuestsChanged(ranks=[1], hosts=[0], step=100, **at(100)),
+        GuestsChanged(ranks=[1, 2], hosts=[0, 3], step=120, **at(120)),
+        GuestsChanged(ranks=[], hosts=[], step=150, **at(150)),
+        GuestsChanged(ranks=[3], hosts=[0], step=380, **at(390)),
+    ]
+    served = incident(1, 99, step=100, pause_s=1.0, served_by="guest")
+    write(tmp_path, shared=[*begin("shared"), served, *guests, end(400, 600)])
+    report = report_of(tmp_path)
+    (job,) = report.jobs
+    assert job.facts.reduced_s == pytest.approx(50 + 10)
+    assert job.time.productive_s == pytest.approx(400 - 10 - 1)
+    assert job.incidents[0].resolved
+    said = render(report, detailed=True)
+    assert "served by guest" in said
+    assert (
+        "at reduced speed, on shared devices: rank 1 on that of rank 0, rank 2 on that of rank 3,"
+        " rank 3 on that of rank 0" in said
+    )
 
 
 def test_only_unplanned_failures_count_for_the_guarantee(tmp_path: Path) -> None:

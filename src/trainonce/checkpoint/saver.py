@@ -67,6 +67,7 @@ class AsyncSaver:
         state: Mapping[str, torch.Tensor] | None = None,
         part: Mapping[str, torch.Tensor] | None = None,
         tree: bytes = b"",
+        split: bool = False,
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
         reason: str = "interval",
@@ -85,8 +86,9 @@ class AsyncSaver:
             rank_payload: What this rank keeps to itself.
             state: Name to tensor; None on the ranks that do not commit. May change as soon
                 as this returns. Of a DTensor the local part is written.
-            part: On the other ranks: split tensors of which this one writes its part.
-            tree: Small replicated state, encoded.
+            part: On the other ranks: tensors that are split, or that this rank writes alone.
+            tree: Small replicated state, encoded; on the other ranks what belongs to `part`.
+            split: As for `Staging.write_replicated`.
             model_names: As for `Staging.write_replicated`.
             storage_dtypes: As for `Staging.write_replicated`.
             reason: Why now, for the ledger.
@@ -106,9 +108,13 @@ class AsyncSaver:
             try:
                 staging = self.store.begin(step, world_size, nonce=nonce)
                 if state is None or staged is None:
-                    if staged:
+                    if staged or tree:
                         staging.write_part(
-                            rank, staged, model_names=model_names, storage_dtypes=storage_dtypes
+                            rank,
+                            staged or {},
+                            tree,
+                            model_names=model_names,
+                            storage_dtypes=storage_dtypes,
                         )
                     staging.write_rank(rank, rank_payload)
                     return
@@ -116,8 +122,9 @@ class AsyncSaver:
                 with staging:
                     staging.write_rank(rank, rank_payload)
                     staging.write_replicated(
-                        staged, tree, model_names=model_names, storage_dtypes=storage_dtypes
-                    )
+                        staged, tree, model_names=model_names, storage_dtypes=storage_dtypes,
+                        split=split,
+                    )  # fmt: skip
                     info = staging.commit(timeout_s=self._timeout_s, notes=notes)
                 self._report(info, blocked_s, begun_s, reason)
             except BaseException as error:

@@ -7,7 +7,8 @@
         manifest.json                      every other file, its size and checksum
         model.safetensors                  the model's tensors
         state.safetensors                  the other tensors
-        model-00003.safetensors …          where tensors are split, the parts of rank 3
+        model-00003.safetensors …          where state is split, what rank 3 alone writes
+        tree-00003.bin …                   what rank 3 alone knows of its parts, encoded
         model.safetensors.index.json       which tensor is in which file
         tree.bin                           small replicated state, by wire.encoding
         rank-00000.bin …                   what each rank keeps to itself, opaque here
@@ -69,6 +70,16 @@ class Loaded:
         path = self.info.path / _rank_file(rank)
         with files.explained("reading", path):
             return path.read_bytes() if rank < self.info.world_size else None
+
+    def part_trees(self) -> dict[int, bytes]:
+        """Return what ranks wrote beside parts that only they know, in order of rank."""
+        names = {rank: _part_tree(rank) for rank in range(self.info.world_size)}
+        with files.explained("reading", self.info.path):
+            return {
+                rank: (self.info.path / name).read_bytes()
+                for rank, name in names.items()
+                if name in self.info.files
+            }
 
 
 class CheckpointStore:
@@ -275,6 +286,7 @@ class Staging:
         *,
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
+        split: bool = False,
     ) -> None:
         """Write what all ranks have in common; called by the committing rank.
 
@@ -285,6 +297,7 @@ class Staging:
                 own, which other tools can read.
             storage_dtypes: Name to a narrower dtype to store a floating-point tensor in. A
                 resume from such a checkpoint is not exact, and the manifest says so.
+            split: Other ranks write tensors too, with `write_part`.
 
         Raises:
             CheckpointError: It cannot be written.
@@ -293,24 +306,27 @@ class Staging:
         stored = self._narrow(state, storage_dtypes or {})
         with files.explained("writing", self.path):
             if stored:
-                tensors.write_tensors(self.path, stored, model_names)
+                tensors.write_tensors(self.path, stored, model_names, split=split)
             (self.path / _TREE).write_bytes(tree)
 
     def write_part(
         self,
         rank: int,
         state: Mapping[str, torch.Tensor],
+        tree: bytes = b"",
         *,
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """Write this rank's parts of split tensors; called by others than the committing rank.
+        """Write what this rank alone writes; called by others than the committing rank.
 
         To be complete before `write_rank`, for which the committing rank waits.
 
         Args:
             rank: Who writes.
-            state: Name to DTensor, of which the local part is written.
+            state: Name to tensor, which no other rank writes; of a DTensor the local part is
+                written.
+            tree: What only this rank knows beside them, encoded.
             model_names: As for `write_replicated`.
             storage_dtypes: As for `write_replicated`.
 
@@ -319,7 +335,10 @@ class Staging:
         """
         stored = self._narrow(state, storage_dtypes or {})
         with files.explained("writing", self.path):
-            tensors.write_tensors(self.path, stored, model_names, part=rank)
+            if stored:
+                tensors.write_tensors(self.path, stored, model_names, part=rank)
+            if tree:
+                files.write_whole(self.path / _part_tree(rank), tree)
 
     def _narrow(
         self, state: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
@@ -436,6 +455,10 @@ class Staging:
 
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.bin"
+
+
+def _part_tree(rank: int) -> str:
+    return f"tree-{rank:05d}.bin"
 
 
 def _age(path: Path) -> tuple[int, int]:

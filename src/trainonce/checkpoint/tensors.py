@@ -97,14 +97,14 @@ class SafetensorsWriter(HuggingFaceStorageWriter):
         return done
 
 
-def is_mine_to_write(tensor: torch.Tensor, rank: int) -> bool:
+def is_mine_to_write(tensor: torch.Tensor, rank: int, first: int = 0) -> bool:
     """Tell whether `rank` writes its part of `tensor`, of which others may hold copies.
 
-    One rank writes each part: rank 0 what is whole, and of what is split the rank that stands
-    first on every axis of the mesh that does not split it.
+    One rank writes each part: what is whole the `first` of those that hold it, and of what is
+    split the rank that stands first on every axis of the mesh that does not split it.
     """
     if not isinstance(tensor, DTensor):
-        return rank == 0
+        return rank == first
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None or (tensor.to_local().numel() == 0 and tensor.numel() > 0):
         return False
@@ -120,6 +120,7 @@ def write_tensors(
     model_names: Collection[str],
     *,
     part: int = 0,
+    split: bool = False,
 ) -> None:
     """Write `tensors` into `folder`: those of `model_names` into a file of their own.
 
@@ -130,6 +131,7 @@ def write_tensors(
         tensors: By name.
         model_names: Names of the model's.
         part: Number of these files among those of one checkpoint.
+        split: There are other such files, also where no tensor is split.
 
     Raises:
         OSError: The file system refuses.
@@ -139,7 +141,7 @@ def write_tensors(
     names = set(model_names)
     model_file, state_file = file_names(part)
     file_of = {name: model_file if name in names else state_file for name in state}
-    split = part > 0 or any(isinstance(tensor, DTensor) for tensor in state.values())
+    split = split or part > 0 or any(isinstance(tensor, DTensor) for tensor in state.values())
     writer = SafetensorsWriter(str(folder), file_of, split=split)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     # What dcp.save(no_dist=True) does, less its warning that there is no process group.

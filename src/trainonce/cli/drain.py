@@ -17,13 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command."""
     parser.add_argument("host", help="the host to empty, as `hostname` calls it")
     parser.add_argument(
-        "--device", default="", help="only this device: gpu1; worker1 for a process"
+        "--device", default="", help="only this device: gpu1; slot1 where there are none"
     )
     parser.add_argument("--job", default="", help="only this job; all of yours by default")
     parser.add_argument(
         "--checkpoint", action="store_true",
         help="write a checkpoint and end the jobs: where there is no other host to move to",
     )  # fmt: skip
+    parser.add_argument(
+        "--undo", action="store_true", help="the jobs may use it again: maintenance is over"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
 
 
@@ -34,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     for job in jobs:
         try:
             answer = control_socket.request(
-                job, op="drain", host=args.host, device=args.device, checkpoint=args.checkpoint
-            )
+                job, op="drain", host=args.host, device=args.device, checkpoint=args.checkpoint,
+                undo=args.undo,
+            )  # fmt: skip
         except (JobNotFoundError, WireError) as error:
             if args.job:
                 raise

@@ -11,6 +11,7 @@ from trainonce.events import FaultInjected
 from trainonce.wire.faults import WORKER_FAULTS
 
 if TYPE_CHECKING:
+    from trainonce.controller.capacity import Capacity
     from trainonce.controller.job import Job, WorkerHandle
     from trainonce.controller.migration import Migration
     from trainonce.controller.recovery import Recovery
@@ -27,12 +28,16 @@ class Chaos:
         job: The job.
         recovery: Carries out resets.
         migration: Carries out migrations.
+        capacity: Gives lost devices back.
     """
 
-    def __init__(self, job: Job, recovery: Recovery, migration: Migration) -> None:
+    def __init__(
+        self, job: Job, recovery: Recovery, migration: Migration, capacity: Capacity
+    ) -> None:
         self._job = job
         self._recovery = recovery
         self._migration = migration
+        self._capacity = capacity
         self._pending = [f for f in job.options.chaos if f.action not in (*WORKER_FAULTS, "random")]
         self._random = [f for f in job.options.chaos if f.action == "random"]
         self._generators = {f.index: random.Random(f.seed) for f in self._random}
@@ -65,6 +70,10 @@ class Chaos:
                 return False
             self._record(fault.action, -1, spares[0].pid)
             self._hit(spares[0], signal.SIGKILL, fault.action)
+            return True
+        if fault.action == "restore":
+            self._record(fault.action, -1, 0)
+            self._capacity.restore()
             return True
         if not job.membership.is_formed:
             return False

@@ -150,7 +150,8 @@ def serve(supervisor: Supervisor, client: Client, request: dict[str, Any]) -> No
             str(request.get("device", "")),
             checkpoint=request.get("checkpoint") is True,
         )
-        drain.run(lambda ok, text: client.answer(ok, text=text))
+        act = drain.undo if request.get("undo") is True else drain.run
+        act(lambda ok, text: client.answer(ok, text=text))
     else:
         client.answer(False, text=f"unknown request {request.get('op')!r}")
 
@@ -158,6 +159,7 @@ def serve(supervisor: Supervisor, client: Client, request: dict[str, Any]) -> No
 def status(supervisor: Supervisor) -> dict[str, Any]:
     """Return what `trainonce ps` shows of a job."""
     job = supervisor.job
+    guests = job.guests()
     workers: list[dict[str, Any]] = []
     for handle in sorted(job.workers.values(), key=lambda h: (h.rank < 0, h.rank, h.worker)):
         page = handle.process.progress.snapshot()
@@ -169,6 +171,8 @@ def status(supervisor: Supervisor) -> dict[str, Any]:
                 "pid": handle.pid,
                 "phase": phase,
                 "step": page["commits"],
+                "slot": handle.slot,
+                "guest_of": guests.get(handle.rank),
                 "parked": handle.parked if handle.rank < 0 else "",
             }
         )
@@ -181,6 +185,9 @@ def status(supervisor: Supervisor) -> dict[str, Any]:
         "incarnation": job.membership.incarnation,
         "step": job.step,
         "incidents": job.incidents.total,
+        "lost_ranks": sorted(job.membership.lost),
+        "short": job.short,
+        "lost_slots": [s.slot for s in job.slot_statuses() if not s.usable],
         "logs": str(job.logs.folder),
         "workers": workers,
     }

@@ -32,6 +32,7 @@ class Ending:
         self._job = job
         self._saved_at_stop = False
         self._stopped_mono_s = 0.0
+        self._why = ""
 
     def check_done(self) -> None:
         """Finish the job if every rank is done."""
@@ -48,18 +49,31 @@ class Ending:
         job = self._job
         name = signal.Signals(signum).name
         now_s = job.clock.mono_s()
-        repeated = signum == job.stopping == signal.SIGTERM
+        code = ExitCode.SIGNALLED + signum
+        repeated = signum == signal.SIGTERM and code == job.stopping
         if repeated and now_s - self._stopped_mono_s < _SAME_SIGNAL_S:
             return  # one signal, sent to the process and to its group
         if job.stopping or job.is_ending:
             job.say(f"{name} again: ending at once")
-            job.stopping = job.stopping or signum
-            self._finish_if_open(ExitCode.SIGNALLED + job.stopping, "interrupted", f"{name}, twice")
+            job.stopping = job.stopping or code
+            why = f"{name}, twice" if self._why in ("", name) else f"{self._why}; {name}"
+            self._finish_if_open(job.stopping, "interrupted", why)
             for handle in job.workers.values():
                 handle.process.signal_group(signal.SIGKILL)
             return
-        job.stopping = signum
-        self._stopped_mono_s = now_s
+        self._stop(code, name)
+
+    def leave(self, why: str) -> None:
+        """End the job with a checkpoint, since there is no room for all its ranks."""
+        self._stop(ExitCode.NO_CAPACITY, why)
+        job = self._job
+        job.say(f"`trainonce run --job-id {job.id} …` goes on from the checkpoint")
+
+    def _stop(self, code: int, name: str) -> None:
+        job = self._job
+        job.stopping = int(code)
+        self._why = name
+        self._stopped_mono_s = job.clock.mono_s()
         running = job.uses_trainonce and job.all_ready
         what = "finishing the step and writing a checkpoint" if running else "ending the workers"
         job.say(f"{name}: {what} (at most {job.options.grace_s:g} s; again to end at once)")
@@ -82,21 +96,15 @@ class Ending:
         """Finish a job that was told to stop once its ranked workers are gone."""
         job = self._job
         if job.stopping and not any(h.rank >= 0 for h in job.workers.values()):
-            name = signal.Signals(job.stopping).name
             saved = "a checkpoint was written" if self._saved_at_stop else "no checkpoint written"
-            self._finish_if_open(
-                ExitCode.SIGNALLED + job.stopping, "interrupted", f"{name}; {saved}"
-            )
+            self._finish_if_open(job.stopping, "interrupted", f"{self._why}; {saved}")
 
     def _grace_over(self) -> None:
         job = self._job
         if job.is_ending:
             return
-        name = signal.Signals(job.stopping).name
         job.say(f"the workers did not end within {job.options.grace_s:g} s: killing them")
-        self._finish_if_open(
-            ExitCode.SIGNALLED + job.stopping, "interrupted", f"{name}; grace exceeded"
-        )
+        self._finish_if_open(job.stopping, "interrupted", f"{self._why}; grace exceeded")
 
     def _finish_if_open(self, code: int, outcome: str, reason: str) -> None:
         job = self._job

@@ -27,8 +27,8 @@ def command(options: RunOptions, rank: int) -> tuple[str, ...]:
 
 
 def environment(
-    options: RunOptions, *, job: str, worker: int, rank: int, incarnation: int, store_port: int,
-    max_restarts: int,
+    options: RunOptions, *, job: str, worker: int, rank: int, slot: int, incarnation: int,
+    store_port: int, max_restarts: int,
 ) -> dict[str, str]:  # fmt: skip
     """Return the environment of a worker; `rank` is -1 for a spare.
 
@@ -50,6 +50,7 @@ def environment(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         settings.JOB.name: job,
         settings.WORKER.name: str(worker),
+        settings.SLOT.name: str(slot),
     }
     if options.redundancy:
         env[settings.REDUNDANCY.name] = str(options.redundancy)
@@ -66,18 +67,19 @@ def environment(
     text = str(rank)
     env |= {"RANK": text, "LOCAL_RANK": text, "GROUP_RANK": "0", "ROLE_RANK": text}
     if options.virtual_local_rank:
-        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _device(rank)}
+        env |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": _device(slot, options.nproc)}
     return env
 
 
-def _device(rank: int) -> str:
+def _device(slot: int, nproc: int) -> str:
+    """Return the device of a slot; beyond what is visible, slots of spares share one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return str(rank)
+        return str(slot % nproc)
     devices = visible.split(",")
-    if rank >= len(devices):
+    if len(devices) < nproc:
         raise ConfigError(
-            f"rank {rank} has no device: CUDA_VISIBLE_DEVICES is {visible}",
+            f"rank {nproc - 1} has no device: CUDA_VISIBLE_DEVICES is {visible}",
             hint="lower --nproc-per-node, or leave out --virtual-local-rank",
         )
-    return devices[rank].strip()
+    return devices[slot % len(devices)].strip()

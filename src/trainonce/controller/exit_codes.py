@@ -14,5 +14,7 @@ class ExitCode(enum.IntEnum):
     """Options, script or environment cannot be used; nothing was started."""
     NOT_RECOVERED = 3
     """A failure from outside could not be recovered from, or came too often."""
+    NO_CAPACITY = 4
+    """`--when-no-spare checkpoint`: a device was lost, and the job ended with a checkpoint."""
     SIGNALLED = 128
     """Plus the number of the signal that ended the job: 130 for Ctrl-C, 143 for SIGTERM."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from trainonce.controller.slots import names_of
 from trainonce.events import HealthChanged
 from trainonce.fleet.moves import Move, may_move
 
 if TYPE_CHECKING:
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.job import Job
     from trainonce.controller.migration import Migration
+    from trainonce.controller.slots import Place
     from trainonce.fleet.feed import Feed, Finding, HealthSettings
 
 # A verdict that comes and goes is told again only after so long.
@@ -43,7 +45,8 @@ class Health:
         self._told_s: dict[tuple[str, str, int], float] = {}
         self._moves: list[Move] = []
         self._moving: set[int] = set()
-        job.is_unfit = self._is_unfit
+        job.is_unfit = lambda place: self._is_bad(place, _SUSPECT)
+        job.slots.closed[self] = lambda place: self._is_bad(place, _MIGRATE)
         job.device_use = self._device_use
 
     def start(self) -> None:
@@ -71,26 +74,26 @@ class Health:
             if finding.verdict.action == _MIGRATE:
                 self._move_away(finding)
 
-    def device_of(self, handle: WorkerHandle) -> str:
-        """Return the device that a worker holds, as signals call it; empty where it has none."""
-        return self._pci.get(handle.device, f"pci:{handle.device}" if handle.device else "")
+    def device_of(self, place: Place) -> str:
+        """Return the device in a place, as signals call it; empty where there is none."""
+        return self._pci.get(place.device, f"pci:{place.device}" if place.device else "")
 
-    def _names(self, handle: WorkerHandle) -> tuple[str, str]:
-        """Return what signals may call the device that a worker holds."""
-        return self.device_of(handle), f"worker{handle.worker}"
+    def _names(self, place: Place) -> tuple[str, ...]:
+        """Return what signals may call the device in a place."""
+        return self.device_of(place), *names_of(place)
 
-    def _holds(self, handle: WorkerHandle, finding: Finding) -> bool:
-        if handle.host != finding.host or not finding.device:
+    def _holds(self, place: Place, finding: Finding) -> bool:
+        if place.host != finding.host or not finding.device:
             return False
-        return finding.device in self._names(handle)
+        return finding.device in self._names(place)
 
-    def _is_unfit(self, handle: WorkerHandle) -> bool:
-        bad = [f for f in self._now.values() if f.verdict.action >= _SUSPECT]
-        return any(self._holds(handle, finding) for finding in bad)
+    def _is_bad(self, place: Place, action: int) -> bool:
+        bad = [finding for finding in self._now.values() if finding.verdict.action >= action]
+        return any(self._holds(place, finding) for finding in bad)
 
     def _device_use(self) -> float | None:
         since_s = self._job.clock.mono_s() - max(_USE_S, 2 * self._settings.every_s)
-        places = [(h.host, name) for h in self._job.ranked() for name in self._names(h)]
+        places = [(h.host, name) for h in self._job.ranked() for name in self._names(h.place)]
         seen = [self._use[place] for place in places if place in self._use]
         known = [share for share, when_s in seen if when_s >= since_s]
         return sum(known) / len(known) if known else None
@@ -102,7 +105,7 @@ class Health:
         if now_s - self._told_s.get(key, float("-inf")) < _TOLD_S:
             return
         self._told_s[key] = now_s
-        ranks = [h.rank for h in job.ranked() if self._holds(h, finding)]
+        ranks = [h.rank for h in job.ranked() if self._holds(h.place, finding)]
         job.record(
             HealthChanged(
                 host=finding.host, device=finding.device, action=_ACTIONS[action],
@@ -118,7 +121,7 @@ class Health:
         job = self._job
         # A host as a whole cannot be left by a launcher of one host: that is for `trainonce drain`.
         for handle in job.ranked():
-            if not self._holds(handle, finding) or handle.rank in self._moving:
+            if not self._holds(handle.place, finding) or handle.rank in self._moving:
                 continue
             who = f"rank {handle.rank} stays on {finding.device}"
             if not self._settings.move:

@@ -9,6 +9,7 @@ from trainonce.events import Incident
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
     from trainonce.clock import Clock
     from trainonce.wire.messages import Formed
@@ -81,6 +82,13 @@ class IncidentTracker:
         )  # fmt: skip
         self.open.append(incident)
         return incident
+
+    def give_to_guests(self, guests: AbstractSet[int]) -> None:
+        """Note which ranks were given to workers that share a device with another rank."""
+        for incident in self.open:
+            if incident.served_by in ("rebuild", "guest"):
+                shares = not guests.isdisjoint(incident.ranks)
+                incident.served_by = "guest" if shares else "rebuild"
 
     def wait_for_spare(self) -> bool:
         """Note that no spare is ready; tell whether that is news for some incident."""
@@ -231,6 +239,8 @@ def _how_served(event: Incident) -> str:
     how = {
         "rebuild": f"{taker} took {place}",
         "migration": f"{taker} took {place}",
+        "guest": f"{'a guest' if len(event.ranks) == 1 else 'guests'} on the device of another rank"
+        f" took {place}",
         "shadow": "the state came from its shadow",
         "reform": "the same ranks connected again",
         "restart": "all ranks were started again from the beginning",

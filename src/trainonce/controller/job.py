@@ -13,6 +13,7 @@ from trainonce.controller import environment
 from trainonce.controller.incidents import IncidentTracker
 from trainonce.controller.membership import Membership
 from trainonce.controller.policy import SpareStatus
+from trainonce.controller.slots import Place, Slots, guests
 from trainonce.controller.timers import Timers
 from trainonce.engines.base import LaunchSpec
 from trainonce.wire.faults import WORKER_FAULTS
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from trainonce.clock import Clock
     from trainonce.controller.logs import LogFiles
     from trainonce.controller.options import RunOptions
-    from trainonce.controller.policy import Death
+    from trainonce.controller.policy import Death, SlotStatus
     from trainonce.controller.store import Store
     from trainonce.engines.base import Engine, ExitStatus, WorkerProcess
     from trainonce.events import Event, Incident
@@ -63,13 +64,14 @@ class Doom:
 class WorkerHandle:
     """One worker as the launcher knows it.
 
-    `rank` is -1 while it holds none; `device` is the PCI address of its GPU, empty for none;
-    `stacks_signal` makes it write its stacks, 0 for none.
+    `rank` is -1 while it holds none; `slot` is where it runs; `device` is the PCI address of its
+    GPU, empty for none; `stacks_signal` makes it write its stacks, 0 for none.
     """
 
     worker: int
     process: WorkerProcess
     rank: int
+    slot: int
     connected: bool = True
     said_hello: bool = False
     parked: str = ""
@@ -95,6 +97,16 @@ class WorkerHandle:
     def pid(self) -> int:
         """Process id."""
         return self.process.pid
+
+    @property
+    def place(self) -> Place:
+        """Where it runs."""
+        return Place(host=self.host, slot=self.slot, device=self.device, worker=self.worker)
+
+    @property
+    def lives(self) -> bool:
+        """Whether it takes up its slot."""
+        return self.ended is None and not self.fenced
 
     def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Send `message`. A worker that is gone will be noticed by its exit."""
@@ -133,6 +145,8 @@ class Job:
         self.selector = selectors.DefaultSelector()
         self.membership = Membership(workers=())
         self.workers: dict[int, WorkerHandle] = {}
+        self.slots = Slots(count=options.nproc + options.spares, host=engine.host)
+        self.short = 0
         self.incidents = IncidentTracker(clock, engine.host, self._incident_closed)
         self.deaths: list[Death] = []
         self.fired: set[int] = set()
@@ -148,9 +162,8 @@ class Job:
         self.reason = ""
         self.forming_since_s = clock.mono_s()
         self.on_incident: Callable[[Incident, str], None] | None = None
-        self.is_unfit: Callable[[WorkerHandle], bool] = lambda _: False
+        self.is_unfit: Callable[[Place], bool] = lambda _: False
         self.device_use: Callable[[], float | None] = lambda: None
-        self.draining: list[Callable[[WorkerHandle], bool]] = []
         self._ledger = ledger
         self.store = store
         self.resume_from = ""
@@ -209,18 +222,18 @@ class Job:
         """Whether the outcome is settled and only the workers have to go."""
         return self.exit_code is not None
 
-    def start_worker(self, rank: int = -1) -> WorkerHandle:
-        """Start a worker for `rank`, or a spare."""
+    def start_worker(self, slot: int, rank: int = -1) -> WorkerHandle:
+        """Start a worker for `rank`, or a spare, in `slot`."""
         worker = self._next_worker
         self._next_worker += 1
-        process = self.engine.start(self._spec(worker, rank))
-        handle = WorkerHandle(worker=worker, process=process, rank=rank)
+        process = self.engine.start(self._spec(worker, rank, slot))
+        handle = WorkerHandle(worker=worker, process=process, rank=rank, slot=slot)
         self.workers[worker] = handle
         self.selector.register(process.exit_fd, selectors.EVENT_READ, ("exit", handle))
         self.selector.register(process.channel.fileno(), selectors.EVENT_READ, ("message", handle))
         return handle
 
-    def _spec(self, worker: int, rank: int) -> LaunchSpec:
+    def _spec(self, worker: int, rank: int, slot: int) -> LaunchSpec:
         stdout, stderr = self.logs.files(rank, worker, self.membership.incarnation)
         return LaunchSpec(
             worker=worker,
@@ -230,6 +243,7 @@ class Job:
                 job=self.id,
                 worker=worker,
                 rank=rank,
+                slot=slot,
                 incarnation=self.membership.incarnation,
                 store_port=self.store.port,
                 max_restarts=self.max_restarts,
@@ -240,7 +254,7 @@ class Job:
 
     def preload(self) -> None:
         """Let the engine prepare for the start of spares."""
-        self.engine.preload(self._spec(self._next_worker, -1))
+        self.engine.preload(self._spec(self._next_worker, -1, 0))
 
     def forget(self, handle: WorkerHandle) -> None:
         """Release a worker that was reaped."""
@@ -293,10 +307,18 @@ class Job:
                 where=handle.parked,
                 connected=handle.said_hello,
                 stopped=handle.process.is_stopped(),
-                fit=not (self.is_unfit(handle) or any(is_in(handle) for is_in in self.draining)),
+                fit=not (self.is_unfit(handle.place) or self.slots.is_closed(handle.place)),
             )
             for handle in self.spares()
         ]
+
+    def slot_statuses(self) -> list[SlotStatus]:
+        """Return where the slots stand, as the policy wants to know it."""
+        return self.slots.statuses(self.workers.values())
+
+    def guests(self) -> dict[int, int]:
+        """Return the ranks that share another rank's slot, each with that rank."""
+        return guests(self.ranked())
 
     # ------------------------------------------------------------------ generations
 

@@ -31,6 +31,8 @@ class Snapshot:
     spares_ready: int
     spares: int
     incidents: int
+    guests: int = 0
+    short: int = 0
     loss: float | None = None
     phase: str = ""
 
@@ -102,6 +104,10 @@ class LiveView:
         parts.append(f"{last.ranks_alive}/{last.world_size} ranks")
         if last.spares:
             parts.append(f"{last.spares_ready}/{last.spares} spares ready")
+        if last.short:
+            parts.append("waiting for a device")
+        elif last.guests:
+            parts.append(f"{last.guests} on another's device")
         if last.incidents:
             parts.append(f"{last.incidents} incident{'s' if last.incidents != 1 else ''}")
         return " · ".join(parts)

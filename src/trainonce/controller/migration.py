@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainonce.controller.policy import rank_spares
+from trainonce.controller.policy import place_for_move, rank_spares
 from trainonce.wire.messages import Drain, Exit
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ class Migration:
         self.advance()
         return True
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a move is under way, or asked for."""
+        return bool(self._moves)
+
     def advance(self) -> None:
         """Begin the next move if the job is whole and a spare is parked."""
         job = self._job
@@ -91,9 +96,14 @@ class Migration:
             move.worker = handle.worker
             handle.send(Drain())
         elif move.started < _MAX_STARTS and not any(s.fit and not s.stopped for s in statuses):
+            slot = place_for_move(job.slot_statuses(), handle.slot, job.options.when_no_spare)
+            if slot is None:
+                self._moves.popleft()
+                move.answer(False, f"rank {move.rank} stays: no device is free for it")
+                return
             move.started += 1
             job.say(f"moving rank {move.rank}: no spare is ready, starting a new worker")
-            job.start_worker()
+            job.start_worker(slot)
 
     def handle_drained(self, handle: WorkerHandle) -> None:
         """The worker stands at a commit and does nothing more: hand its rank to a spare."""

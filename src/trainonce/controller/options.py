@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trainonce import settings
-from trainonce.controller.policy import HangLimits
+from trainonce.controller.policy import HangLimits, WhenNoSpare
 from trainonce.errors import ConfigError
 from trainonce.fleet.feed import HealthSettings
 from trainonce.fleet.sources.words import HINT
@@ -38,6 +38,7 @@ class RunOptions:
         script_args: Its arguments; `${local_rank}` in them is replaced, as by torchrun.
         nproc: Ranks, at least 1.
         spares: Hot spares to keep. With 0 a replacement is started when it is needed.
+        when_no_spare: What becomes of a lost rank whose device is lost, too.
         module: `script` is a module name.
         no_python: `script` is a program.
         max_restarts: Restarts of all ranks; None for the default (0 for a script that does
@@ -67,6 +68,7 @@ class RunOptions:
     script_args: tuple[str, ...] = ()
     nproc: int = 1
     spares: int = 0
+    when_no_spare: WhenNoSpare = WhenNoSpare.SPREAD
     module: bool = False
     no_python: bool = False
     max_restarts: int | None = None
@@ -183,6 +185,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     option("--nproc-per-node", default="1", help="ranks: a number, cpu, gpu, xpu or auto (1)")
     option("--spares", type=int, default=0, help="hot spares to keep (0: start one when needed)")
+    option("--when-no-spare", choices=[each.value for each in WhenNoSpare], default="spread",
+           help="a device is lost: wait, spread its ranks (default), or checkpoint")  # fmt: skip
     option("--chaos", default="", metavar="PLAN", help='"kill rank=1 step=50 point=backward; …"')
     option("--hang-timeout-s", type=float, default=None, help="no progress for this long: a hang")
     option("--grace-s", type=float, default=None, help="time to end cleanly after SIGTERM (30)")
@@ -263,6 +267,7 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         script_args=tuple(args.training_script_args),
         nproc=nproc,
         spares=args.spares,
+        when_no_spare=_when_no_spare(args.when_no_spare),
         module=args.module,
         no_python=args.no_python,
         max_restarts=args.max_restarts,
@@ -286,6 +291,14 @@ def from_args(args: argparse.Namespace) -> RunOptions:
         economics=_economics(args),
         profile_s=args.profile_s,
     )
+
+
+def _when_no_spare(text: str) -> WhenNoSpare:
+    try:
+        return WhenNoSpare(text)
+    except ValueError:  # from PET_WHEN_NO_SPARE, which argparse does not check
+        known = ", ".join(each.value for each in WhenNoSpare)
+        raise ConfigError(f"--when-no-spare is {text!r}", hint=f"one of {known}") from None
 
 
 def _health(args: argparse.Namespace) -> HealthSettings:

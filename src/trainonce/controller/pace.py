@@ -38,8 +38,8 @@ class Pace:
         job = self._job
         if job.options.nproc < _LEAST_RANKS or len(pages) != job.options.nproc:
             return
-        if not job.membership.is_formed:
-            return
+        if not job.membership.is_formed or job.guests():
+            return  # who shares a device is slow, and is known to be
         step = min(page["commits"] for _, page in pages)
         if step <= self._step:
             return

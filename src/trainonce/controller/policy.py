@@ -5,6 +5,7 @@ A decision carries its reason, and the launcher shows that same reason.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import signal
 import statistics
@@ -172,6 +173,7 @@ class Death:
         detail: As in `trainonce.events.Incident`.
         chaos: A fault plan did it.
         signum: The signal that ended it; 0 for none.
+        crowded: It lacked memory while it shared a device: the launcher's doing.
     """
 
     rank: int
@@ -180,6 +182,7 @@ class Death:
     detail: str
     chaos: bool = False
     signum: int = 0
+    crowded: bool = False
 
     @property
     def signature(self) -> tuple[int, str, str]:
@@ -198,7 +201,7 @@ _LIMIT_FROM_OUTSIDE = 5
 
 def is_of_the_script(death: Death) -> bool:
     """Tell whether `death` looks like the script's own doing."""
-    if death.chaos:
+    if death.chaos or death.crowded:
         return False
     return death.cause in ("exception", "exit") or death.signum in _OF_THE_PROGRAM
 
@@ -217,7 +220,9 @@ def judge_death(history: Sequence[Death], world_size: int) -> Decision:
     last = history[-1]
     if last.chaos:
         return Decision(Action.REPLACE, "injected by the fault plan", (last.rank,))
-    alike = [d for d in history if not d.chaos and d.signature == last.signature]
+    if last.crowded:
+        return Decision(Action.REPLACE, "its device does not hold two workers", (last.rank,))
+    alike = [d for d in history if not (d.chaos or d.crowded) and d.signature == last.signature]
     times = sum(d.rank == last.rank for d in alike)
     ranks = {d.rank for d in alike}
     where = f"step {last.step}" if last.step >= 0 else "the set-up"
@@ -269,3 +274,125 @@ def rank_spares(spares: Sequence[SpareStatus]) -> list[int]:
     able = [s for s in spares if s.connected and not s.stopped]
     able.sort(key=lambda s: (not s.fit, s.where not in _BEST_PLACES, not s.where, s.worker))
     return [s.worker for s in able]
+
+
+# ------------------------------------------------------------------------------- room
+
+
+class WhenNoSpare(enum.Enum):
+    """What becomes of a lost rank for which there is neither a spare nor a free slot.
+
+    `WAIT` for a slot; `SPREAD` the lost ranks over the slots of others, as their guests; or write
+    a `CHECKPOINT` and end.
+    """
+
+    WAIT = "wait"
+    SPREAD = "spread"
+    CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotStatus:
+    """A place for a worker.
+
+    Args:
+        slot: Its number.
+        usable: Nothing says that its device is lost.
+        workers: How many live there now.
+    """
+
+    slot: int
+    usable: bool = True
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Where to start workers for lost ranks.
+
+    Args:
+        slots: One for each worker to start.
+        shared: How many of these, the last ones, somebody else is in already.
+        short: For how many ranks there is no place.
+        leave: Only to finish the step: a checkpoint is to be written, and the job to end.
+    """
+
+    slots: tuple[int, ...] = ()
+    shared: int = 0
+    short: int = 0
+    leave: bool = False
+
+
+def find_room(wanted: int, slots: Sequence[SlotStatus], when_no_spare: WhenNoSpare) -> Room:
+    """Decide where to start `wanted` workers.
+
+    Free slots come first. Guests are spread so that no slot holds two while another holds none;
+    the slot of a device that is about to fail takes one only where there is no better.
+    """
+    free = [s.slot for s in slots if s.usable and not s.workers][:wanted]
+    missing = max(0, wanted - len(free))
+    hosts = {s.slot: s for s in slots if s.workers}
+    if not missing:
+        return Room(slots=tuple(free))
+    if when_no_spare is WhenNoSpare.WAIT or not hosts:
+        return Room(slots=tuple(free), short=missing)
+    load = {slot: status.workers for slot, status in hosts.items()}
+    for _ in range(missing):
+        best = min(load, key=lambda slot: (not hosts[slot].usable, load[slot], slot))
+        load[best] += 1
+        free.append(best)
+    return Room(slots=tuple(free), shared=missing, leave=when_no_spare is WhenNoSpare.CHECKPOINT)
+
+
+def place_ranks(
+    num_ranks: int, slots: Sequence[SlotStatus], when_no_spare: WhenNoSpare
+) -> tuple[int, ...]:
+    """Return a slot for each rank of a start of all ranks; empty where there is no room.
+
+    Rank 3 goes to slot 3, as at the start of the job, unless that is lost or taken.
+    """
+    taken = {s.slot: s for s in slots}
+    placed: dict[int, int] = {}
+    for rank in range(num_ranks):
+        status = taken[rank]
+        if status.usable and not status.workers:
+            placed[rank] = rank
+            taken[rank] = dataclasses.replace(status, workers=1)
+    others = [rank for rank in range(num_ranks) if rank not in placed]
+    # All ranks start together: nothing is there to be finished by a guest.
+    spread = when_no_spare is WhenNoSpare.SPREAD
+    room = find_room(
+        len(others), list(taken.values()), when_no_spare if spread else WhenNoSpare.WAIT
+    )
+    if room.short:
+        return ()
+    placed |= dict(zip(others, room.slots, strict=True))
+    return tuple(placed[rank] for rank in range(num_ranks))
+
+
+def place_for_move(
+    slots: Sequence[SlotStatus], present: int, when_no_spare: WhenNoSpare
+) -> int | None:
+    """Return where to start a worker that takes over from one in slot `present`; None: nowhere.
+
+    Without a free slot that is the present one, for as long as both are there. If its device is
+    to be left, the rank becomes a guest elsewhere, where the user wants that.
+    """
+    free = [s.slot for s in slots if s.usable and not s.workers]
+    if free:
+        return free[0]
+    if any(s.slot == present and s.usable for s in slots):
+        return present
+    hosts = [s for s in slots if s.usable]
+    if when_no_spare is not WhenNoSpare.SPREAD or not hosts:
+        return None
+    return min(hosts, key=lambda s: (s.workers, s.slot)).slot
+
+
+# The words of torch's allocators and of CUDA, which raise several types of exceptions.
+_OUT_OF_MEMORY = ("OutOfMemoryError:", "MemoryError:", "out of memory", "can't allocate memory")
+
+
+def is_out_of_memory(detail: str) -> bool:
+    """Tell whether `detail` of a death is an exception for want of memory."""
+    return any(words in detail for words in _OUT_OF_MEMORY)

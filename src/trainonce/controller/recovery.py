@@ -10,19 +10,27 @@ from trainonce.controller import oom
 from trainonce.controller.ending import STOP
 from trainonce.controller.exit_codes import ExitCode
 from trainonce.controller.incidents import what_happened
+from trainonce.controller.job import Doom
 from trainonce.controller.policy import (
     Action,
     Death,
+    WhenNoSpare,
+    find_room,
     is_of_the_script,
+    is_out_of_memory,
     judge_death,
+    place_ranks,
     rank_spares,
 )  # fmt: skip
 from trainonce.events import GenerationFormed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trainonce.controller.ending import Ending
     from trainonce.controller.incidents import OpenIncident
-    from trainonce.controller.job import Doom, Job, WorkerHandle
+    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.policy import Room
     from trainonce.wire.messages import Formed, PeerLost
 
 # A broken connection is mostly the first sign of a death that is noticed a moment later.
@@ -35,6 +43,7 @@ _FENCE_S = 5.0
 # Starting a worker takes a core for seconds: not before the step that ends the pause.
 _NEW_SPARE_DELAY_S = 0.5
 _PREPARING_S = 0.1
+_LOOK_FOR_ROOM_S = 1.0
 
 
 class Recovery:
@@ -54,6 +63,9 @@ class Recovery:
         self._spare_deaths = 0
         self._reforms: tuple[int, int] = (-1, 0)
         self._start_is_due = False
+        self._room_is_looked_for = False
+        self._guests_fit = True
+        self._leave = False
 
     # ------------------------------------------------------------------ deaths
 
@@ -87,7 +99,7 @@ class Recovery:
                 signum = handle.ended.signum if handle.ended and not handle.doom else 0
                 job.deaths.append(
                     Death(rank=handle.rank, step=step, cause=cause, detail=detail, chaos=chaos,
-                          signum=signum)
+                          signum=signum, crowded=self._was_crowded(handle, detail))
                 )  # fmt: skip
                 verdict = judge_death(job.deaths, job.options.nproc)
                 decision = verdict if verdict.action is Action.END else decision
@@ -106,7 +118,8 @@ class Recovery:
     def handle_spare_death(self, handle: WorkerHandle) -> None:
         """Replace a spare that died; give up when spares keep dying before they are parked."""
         job = self._job
-        self._spare_deaths = 0 if handle.parked else self._spare_deaths + 1
+        if not self._was_crowded(handle, describe(handle)[1]):
+            self._spare_deaths = 0 if handle.parked else self._spare_deaths + 1
         if handle.failed is not None:
             job.logs.write(f"spare{handle.worker}-traceback.txt", handle.failed.traceback)
         job.say(f"spare {handle.worker} (pid {handle.pid}) ended with {handle.ended}")
@@ -141,6 +154,28 @@ class Recovery:
             self._job.say(f"pid {handle.pid} cannot be reaped; going on without it")
             self.handle_deaths([handle])
             handle.rank, handle.dismissed, handle.fenced = -1, True, True
+
+    def _was_crowded(self, handle: WorkerHandle, detail: str) -> bool:
+        """Tell whether a worker lacked memory because it shared a device; then nobody shall again.
+
+        The guests leave, and their ranks wait for room.
+        """
+        job = self._job
+        others = [each for each in job.workers.values() if each.slot == handle.slot and each.lives]
+        if not others or not is_out_of_memory(detail):
+            return False
+        if self._guests_fit:
+            job.say(
+                f"a device does not hold two workers ({detail}): no rank is given to a guest any"
+                " more; lost ranks wait for a device"
+            )
+        self._guests_fit = False
+        guests = job.guests()
+        doom = Doom("oom", "a guest that its device does not hold", "process exit")
+        for each in job.ranked():
+            if each.rank in guests and each.lives:
+                self.kill(each, doom)
+        return True
 
     def _restart_plain_script(self, incidents: list[OpenIncident]) -> None:
         job = self._job
@@ -189,7 +224,7 @@ class Recovery:
             return
         able = rank_spares(job.spare_statuses())
         if len(able) < len(lost):
-            self._wait_for_spares(len(lost))
+            self._find_workers(len(lost))
             return
         replacements = dict(zip(lost, able, strict=False))
         for rank, worker in replacements.items():
@@ -250,16 +285,26 @@ class Recovery:
             or self._spare_deaths >= _MAX_SPARE_DEATHS
         ):  # fmt: skip
             return
-        self._start(job.options.spares - len(job.spares()))
+        wanted = max(0, job.options.spares - len(job.spares()))
+        room = find_room(wanted, job.slot_statuses(), WhenNoSpare.WAIT)
+        if room.short:
+            job.say(
+                f"{room.short} of {job.options.spares} spares cannot be kept: no device is free",
+                once=f"no room for spares {room.short}",
+            )
+            if not self._room_is_looked_for:
+                self._room_is_looked_for = True
+                job.timers.after(_LOOK_FOR_ROOM_S, self._look_for_room)
+        self._start(room.slots)
 
-    def _start(self, count: int) -> None:
-        """Start spares, as soon as the engine can do so quickly."""
+    def _start(self, slots: Sequence[int]) -> None:
+        """Start a worker without a rank in each of `slots`, once the engine can do it quickly."""
         job = self._job
-        if count <= 0 or self._start_is_due:
+        if not slots or self._start_is_due:
             return
         if not job.engine.preparing:
-            for _ in range(count):
-                job.start_worker()
+            for slot in slots:
+                job.start_worker(slot)
             return
         self._start_is_due = True
         job.timers.after(_PREPARING_S, self._start_now)
@@ -269,12 +314,20 @@ class Recovery:
         self.serve()
         self.keep_spares()
 
+    def _look_for_room(self) -> None:
+        self._room_is_looked_for = False
+        self.keep_spares()
+
     def _announce(self, replacements: dict[int, int]) -> None:
         job = self._job
         job.membership = job.membership.succeed(replacements)
+        job.short = 0
+        job.incidents.give_to_guests(job.guests().keys())
         for rank in job.membership.ranks:
             job.send_generation(rank)
-        if job.stopping:
+        if self._leave and not job.stopping:
+            self._ending.leave("there is no device for every rank")
+        elif job.stopping:
             for rank in job.membership.newcomers:
                 job.workers[job.membership.workers[rank]].send(STOP)
         job.forming_since_s = job.clock.mono_s()
@@ -302,14 +355,30 @@ class Recovery:
         )  # fmt: skip
         job.timers.after(_NEW_SPARE_DELAY_S, self.keep_spares)
 
-    def _wait_for_spares(self, wanted: int) -> None:
+    def _find_workers(self, wanted: int) -> None:
+        """Start what is missing of `wanted` workers where there is room, or wait for room."""
         job = self._job
-        usable = [status for status in job.spare_statuses() if not status.stopped]
-        if job.incidents.wait_for_spare():
-            incident = job.incidents.open[-1]
-            action = "waiting for a spare to start" if usable else "starting a new worker"
-            job.say(f"{what_happened(incident)}; no spare is ready, {action}")
-        self._start(wanted - len(usable))
+        coming = sum(not status.stopped for status in job.spare_statuses())
+        room = find_room(max(0, wanted - coming), job.slot_statuses(), self._when_no_spare)
+        if job.incidents.wait_for_spare() or room.short != job.short:
+            incidents = job.incidents.open
+            happened = f"{what_happened(incidents[-1])}; " if incidents else ""
+            job.say(f"{happened}no spare is ready, {_what_is_done(room)}")
+        job.short = room.short
+        self._leave = self._leave or room.leave
+        if room.short and job.options.when_no_spare is WhenNoSpare.CHECKPOINT:
+            self._end_for_want_of_room()
+        else:
+            self._start(room.slots)
+
+    @property
+    def _when_no_spare(self) -> WhenNoSpare:
+        job = self._job
+        if job.stopping and self._guests_fit:
+            return WhenNoSpare.CHECKPOINT  # what was asked for cannot be had otherwise
+        if self._guests_fit:
+            return job.options.when_no_spare
+        return WhenNoSpare.WAIT
 
     def _reform_if_unexplained(self, generation: int, error: str) -> None:
         job = self._job
@@ -319,11 +388,15 @@ class Recovery:
 
     # ------------------------------------------------------------------ restarts
 
-    def begin(self) -> None:
-        """Start a worker for every rank; the first generation is the membership from then on."""
+    def begin(self, slots: Sequence[int]) -> None:
+        """Start a worker for every rank; the first generation is the membership from then on.
+
+        Args:
+            slots: Where, by rank.
+        """
         job = self._job
         job.resume_from = job.find_resume()
-        workers = tuple(job.start_worker(rank).worker for rank in range(job.options.nproc))
+        workers = tuple(job.start_worker(slot, rank).worker for rank, slot in enumerate(slots))
         job.membership = type(job.membership)(
             workers=workers, incarnation=job.membership.incarnation
         )
@@ -354,7 +427,10 @@ class Recovery:
         if job.has_shadows:
             source = "from the shadows of their state"
         job.say(f"{why}: starting all ranks again, {source}")
-        for handle in job.ranked():
+        spares = job.spares()
+        usable = sum(status.usable for status in job.slot_statuses())
+        too_many = max(0, job.options.nproc + len(spares) - usable)
+        for handle in (*job.ranked(), *spares[:too_many]):
             handle.dismissed = True
             handle.process.signal_group(signal.SIGKILL)
         self.continue_restart()
@@ -362,8 +438,14 @@ class Recovery:
     def continue_restart(self) -> None:
         """Start the new incarnation once every worker of the old one is reaped."""
         job = self._job
-        if not job.restarting or any(h.rank >= 0 for h in job.workers.values()):
+        leaving = any(h.rank >= 0 or (h.dismissed and h.lives) for h in job.workers.values())
+        if not job.restarting or job.is_ending or leaving:
             return
+        slots = place_ranks(job.options.nproc, job.slot_statuses(), self._when_no_spare)
+        if not slots:
+            self._wait_for_room()
+            return
+        job.short = 0
         job.restarting = False
         job.all_ready = False
         job.step = 0
@@ -373,7 +455,39 @@ class Recovery:
             # Keys of ours are scoped by incarnation; those of a plain script are not.
             job.store.renew()
         job.membership = job.membership.restart(job.membership.workers)
-        self.begin()
+        self.begin(slots)
+        job.incidents.give_to_guests(job.guests().keys())
+
+    def _wait_for_room(self) -> None:
+        job = self._job
+        usable = sum(status.usable and not status.workers for status in job.slot_statuses())
+        job.short = max(1, job.options.nproc - usable)
+        if job.options.when_no_spare is WhenNoSpare.CHECKPOINT:
+            self._end_for_want_of_room()
+        else:
+            job.say(
+                f"waiting for {job.short} devices, to start all ranks again",
+                once=f"no room {job.membership.incarnation}",
+            )
+
+    def _end_for_want_of_room(self) -> None:
+        job = self._job
+        self._ending.finish(
+            ExitCode.NO_CAPACITY,
+            "interrupted",
+            f"there is no device for {job.short} of {job.options.nproc} ranks; no checkpoint of"
+            " the last step could be written",
+        )
+
+
+def _what_is_done(room: Room) -> str:
+    if room.short:
+        return f"and no device is left for {room.short} rank(s): waiting until one is free again"
+    if room.leave:
+        return "and no device is left: a guest on another's finishes the step, then a checkpoint"
+    if room.shared:
+        return "and no device is left: starting a guest on another's; steps take longer"
+    return "starting a new worker" if room.slots else "waiting for a spare to start"
 
 
 def describe(handle: WorkerHandle) -> tuple[str, str, str]:

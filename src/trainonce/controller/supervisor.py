@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce import settings
 from trainonce.controller import control_socket
+from trainonce.controller.capacity import Capacity
 from trainonce.controller.chaos import Chaos
 from trainonce.controller.ending import Ending
 from trainonce.controller.health import Health
@@ -55,7 +56,8 @@ class Supervisor:
         self.recovery = Recovery(job, self.ending)
         self.migration = Migration(job, self.recovery)
         self.watch = Watch(job, self.recovery)
-        self.chaos = Chaos(job, self.recovery, self.migration)
+        self.capacity = Capacity(job, self.recovery, self.migration)
+        self.chaos = Chaos(job, self.recovery, self.migration, self.capacity)
         self.health = Health(job, self.migration, *health) if health is not None else None
         self.costs: Costs | None = None
         self._live = live
@@ -111,7 +113,7 @@ class Supervisor:
         """Start a worker for every rank."""
         job = self.job
         options = job.options
-        self.recovery.begin()
+        self.recovery.begin(range(options.nproc))
         # After the workers: they import torch at the same time as the store does.
         job.store.start()
         job.record(
@@ -160,6 +162,7 @@ class Supervisor:
             self.migration.advance()
             if self.health is not None:
                 self.health.look()
+            self.capacity.look()
             if self.costs is not None:
                 self.costs.look()
             if self._live is not None:
@@ -261,6 +264,7 @@ class Supervisor:
         handle.said_hello = True
         handle.device = message.device
         handle.stacks_signal = message.stacks_signal
+        job.slots.note_device(handle.slot, message.device)
         handle.process.trust()
         first = not job.uses_trainonce
         job.uses_trainonce = True
@@ -324,10 +328,13 @@ class Supervisor:
         job = self.job
         handle.firing = message
         job.fired.add(message.index)
-        faults = {fault.index: fault.action for fault in job.options.chaos}
+        faults = {fault.index: fault for fault in job.options.chaos}
+        fault = faults.get(message.index)
+        if fault is not None and fault.action == "lose":
+            self.capacity.lose(handle.slot, for_s=fault.seconds)
         job.record(
             FaultInjected(
-                fault=faults.get(message.index, "unknown"), rank=handle.rank, step=message.step,
+                fault=fault.action if fault else "unknown", rank=handle.rank, step=message.step,
                 point=message.point, pid=handle.pid,
             )
         )  # fmt: skip

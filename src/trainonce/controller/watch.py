@@ -129,6 +129,8 @@ class Watch:
             spares_ready=sum(bool(h.parked) for h in job.spares()),
             spares=job.options.spares,
             incidents=job.incidents.total,
+            guests=len(job.guests()),
+            short=job.short,
             loss=sum(known) / len(known) if known else None,
             phase="training" if job.all_ready else "starting",
         )

@@ -14,6 +14,7 @@ from trainonce.events import (
     Event,
     FaultInjected,
     GenerationFormed,
+    GuestsChanged,
     HealthChanged,
     HotSpots,
     Incident,
@@ -68,6 +69,8 @@ class JobFacts:
         stragglers: Ranks that were found to be slow.
         loaders: Loaders that were found to be slow.
         hot_spots: Light profiles.
+        guests: Ranks that were on the device of another rank, as that changed.
+        reduced_s: Seconds in which some rank was.
         progress: (seconds since the start, committed steps), in order, for plots.
     """
 
@@ -99,6 +102,8 @@ class JobFacts:
     stragglers: list[StragglerFound] = field(default_factory=lambda: [])
     loaders: list[LoaderSlow] = field(default_factory=lambda: [])
     hot_spots: list[HotSpots] = field(default_factory=lambda: [])
+    guests: list[GuestsChanged] = field(default_factory=lambda: [])
+    reduced_s: float = 0.0
 
     @property
     def num_gpus(self) -> int:
@@ -161,6 +166,18 @@ def gather(summary: JobSummary, events: Iterable[Event], now_wall_s: float) -> J
         stragglers=_of(found, StragglerFound),
         loaders=_of(found, LoaderSlow),
         hot_spots=_of(found, HotSpots),
+        guests=_of(found, GuestsChanged),
+        reduced_s=_reduced_s(begun, _of(found, GuestsChanged), elapsed_s),
+    )
+
+
+def _reduced_s(begun: Event, changes: list[GuestsChanged], elapsed_s: float) -> float:
+    times = [_between(begun, event) for event in changes]
+    ends = [*times[1:], elapsed_s]
+    return sum(
+        max(0.0, end_s - begin_s)
+        for event, begin_s, end_s in zip(changes, times, ends, strict=False)
+        if event.ranks
     )
 
 

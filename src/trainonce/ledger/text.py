@@ -110,6 +110,10 @@ def seen_lines(facts: JobFacts) -> list[str]:
         if event.action in ("suspect", "migrate")
     ]
     lines += [f"{event.reason}, while {event.cause}" for event in facts.stragglers]
+    if facts.guests:
+        pairs = {p for e in facts.guests for p in zip(e.ranks, e.hosts, strict=True)}
+        who = ", ".join(f"rank {rank} on that of rank {host}" for rank, host in sorted(pairs))
+        lines.append(f"{duration(facts.reduced_s)} at reduced speed, on shared devices: {who}")
     lines += [
         f"a sample takes {event.sample_s * 1000:.0f} ms to load, mostly in {event.slowest};"
         f" rank {event.rank} waited {percent(event.waited_share)} of the time: prepare it offline"

@@ -290,7 +290,7 @@ def mean_loss(
     for start in range(0, len(indices), batch_size):
         batch = to_device(data.batch(indices[start : start + batch_size]), device)
         samples = num_samples(batch)
-        values = loss(call_model(model, batch), batch)
+        values: Any = loss(call_model(model, batch), batch)
         is_per_sample(values.float() if isinstance(values, torch.Tensor) else values, samples)
         total += float(values.double().mean()) * samples
         count += samples

@@ -3,7 +3,7 @@
 The text form is what `trainonce run --chaos` takes::
 
     kill rank=1 step=50 point=backward; stop rank=0 step=80; migrate rank=1 step=120;
-    random every=30s seed=7
+    lose rank=1 step=200 point=backward; restore step=240; random every=30s seed=7
 
 A fault fires at most once in a job. Kills, stops, exits and exceptions are carried out by
 the worker itself at the named point, so that they hit exactly there; migrations, resets and
@@ -27,9 +27,9 @@ POINTS = (
 )  # fmt: skip
 
 # Carried out by the worker at a point.
-WORKER_FAULTS = ("kill", "stop", "raise", "exit", "flip", "slow")
+WORKER_FAULTS = ("kill", "lose", "stop", "raise", "exit", "flip", "slow")
 # Carried out by the launcher once the job has reached the step.
-LAUNCHER_FAULTS = ("migrate", "reset", "kill_spare", "kill_launcher")
+LAUNCHER_FAULTS = ("migrate", "reset", "restore", "kill_spare", "kill_launcher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class Fault:
             after=2).
         every_s: For "random": mean seconds between faults.
         seed: For "random": seed of its own generator.
-        seconds: For "slow": how long.
+        seconds: For "slow": how long. For "lose": after so long the device is back; 0: only
+            with "restore".
     """
 
     index: int

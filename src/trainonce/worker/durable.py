@@ -24,7 +24,6 @@ from trainonce.checkpoint.store import CheckpointStore
 from trainonce.checkpoint.tensors import is_mine_to_write
 from trainonce.errors import CheckpointError
 from trainonce.wire.messages import Note, Report
-from trainonce.worker.shards import keeps_a_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,10 +33,13 @@ if TYPE_CHECKING:
     from trainonce.events import CheckpointSaved
     from trainonce.wire.messages import Message
     from trainonce.worker.runner import Runner
+    from trainonce.worker.state import Protected
 
 _POLL_EVERY_S = 0.5
 _FIRST_INTERVAL_S = 300.0
 _SHORTEST_INTERVAL_S = 30.0
+# Note in the manifest: not all ranks hold the same names, so names have a prefix.
+_PARTS = "parts"
 # Between failures that leave no living copy, which only a checkpoint recovers from.
 _MTBF_S = 24 * 3600.0
 
@@ -180,19 +182,18 @@ class Durable:
         runner = self._runner
         protected = runner.protected
         assert protected is not None
-        if any(keeps_a_part(optimizer) for optimizer in protected.optimizers.values()):
-            text = (
-                "no durable checkpoint is written: an optimizer splits its state between ranks by"
-                " itself (ZeroRedundancyOptimizer); FSDP2 with reshard_after_forward=False takes"
-                " as little memory and can be saved"
-            )
-            self._notify(Note(key="checkpoint-zero", level="warning", text=text))
-            return
-        whole = protected.whole()
-        mine = {name: t for name, t in whole.items() if is_mine_to_write(t, runner.rank)}
-        names = [name for name, _ in protected.parameters()]
+        replicas = protected.replicas
+        owner, prefix = (0, "") if replicas is None else (replicas[0], _prefix(replicas[0]))
+        own = protected.own_names()
+        mine = {
+            prefix + name: tensor
+            for name, tensor in protected.whole().items()
+            if name in own or is_mine_to_write(tensor, runner.rank, owner)
+        }
+        names = [prefix + name for name, _ in protected.parameters()]
         first = runner.rank == 0
-        tree = json.dumps(protected.describe_whole()).encode() if first else b""
+        record = protected.describe_whole() if runner.rank == owner else protected.describe_part()
+        tree = json.dumps(record).encode() if record else b""
         dtype = self._settings.parameter_dtype
         try:
             self._saver.save(
@@ -204,9 +205,11 @@ class Durable:
                 state=mine if first else None,
                 part=None if first else mine,
                 tree=tree,
+                split=replicas is not None or protected.keeps_a_part,
                 model_names=names,
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
                 reason=reason,
+                notes={} if replicas is None else {_PARTS: True},
             )
             if wait:
                 self._saver.wait()
@@ -246,16 +249,39 @@ class Durable:
         info = self._choose(store)
         if info is None or info.step <= beyond:
             return None
-        tree = json.loads(store.load(info, verify=False).tree)
-        loaded = store.load(info, protected.prepare_whole(tree), verify=False)
-        # A rank that the saved job did not have begins with rank 0's local state.
-        payload = loaded.rank_payload(runner.rank) or loaded.rank_payload(0)
-        if payload is None:
-            raise CheckpointError(f"{info.path} holds no local state of any rank")
+        if info.notes.get(_PARTS, False) != (protected.replicas is not None):
+            raise CheckpointError(
+                f"{info.path} was written {'with' if info.notes.get(_PARTS) else 'without'}"
+                " run.protect(..., replicas=...), and this script has it otherwise",
+                hint="resume with the script and the mesh that it was written with",
+            )
+        payload = self._load(store, info, protected)
         if runner.rank == 0:
             text = f"resumed from the checkpoint of step {info.step}"
             self._notify(Note(key=f"resumed-{info.step}", text=text))
         return info.step, payload
+
+    def _load(self, store: CheckpointStore, info: CheckpointInfo, protected: Protected) -> bytes:
+        """Load what this rank holds, whole or a part; return its local record."""
+        described = store.load(info, verify=False)
+        trees = {0: described.tree, **described.part_trees()}
+        holders, prefix = list(trees), ""
+        if protected.replicas is not None:
+            holders, prefix = list(protected.replicas), _prefix(protected.replicas[0])
+        if holders[0] not in trees:
+            raise CheckpointError(
+                f"{info.path} holds nothing of which rank {holders[0]} is the first holder",
+                hint="resume stages of a pipeline on the mesh that they were saved on",
+            )
+        records = [json.loads(trees[rank]) for rank in holders if rank in trees]
+        tensors = protected.prepare_whole(*records)
+        into = {prefix + name: tensor for name, tensor in tensors.items()}
+        loaded = store.load(info, into, verify=False)
+        # A rank that the saved job did not have begins with the first holder's local state.
+        payload = loaded.rank_payload(self._runner.rank) or loaded.rank_payload(holders[0])
+        if payload is None:
+            raise CheckpointError(f"{info.path} holds no local state of any rank")
+        return payload
 
     def _choose(self, store: CheckpointStore) -> CheckpointInfo | None:
         choice: list[Any] = [None]
@@ -271,3 +297,8 @@ class Durable:
         if choice[0] is None:
             return None
         return store.info(choice[0])
+
+
+def _prefix(owner: int) -> str:
+    """Return what tells apart names that several parts may have, by their first holder."""
+    return f"part{owner}."

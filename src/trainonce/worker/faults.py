@@ -99,7 +99,7 @@ class FaultInjector:
 
     def _fire(self, fault: Fault) -> None:
         match fault.action:
-            case "kill":
+            case "kill" | "lose":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)

@@ -28,6 +28,8 @@ from trainonce.wire import encoding
 from trainonce.worker.hooks import HookStates
 from trainonce.worker.shards import (
     describe_split,
+    keeps_a_part,
+    owned_by,
     restore_split,
     shard_key,
     split_text,
@@ -89,6 +91,8 @@ class Protected:
             for name, module in self.modules.items()
             for key, buffer in module.named_buffers()
         )
+        self.replicas: tuple[int, ...] | None = None
+        """Ranks that hold the same names and shapes; None for all."""
         self._local = _running_statistics(self.modules)
         # Read for every parameter in every step.
         split = any(local_of(tensor) is not tensor for _, tensor in self._parameters)
@@ -140,7 +144,7 @@ class Protected:
     def shard_key(self, rank: int) -> str:
         """Return what identifies the part of the state that this rank holds; empty for all."""
         tensors = (*self._parameters, *self._buffers)
-        return shard_key(tensors, self.optimizers.values(), rank)
+        return shard_key(tensors, self.optimizers.values(), rank, self.replicas)
 
     def replicated(self) -> Named:
         """Return the replicated tensors, live, in the same order on every rank.
@@ -343,11 +347,38 @@ class Protected:
             entry[2] = list(tensors[entry[0]].shape)
         return record
 
-    def prepare_whole(self, record: dict[str, Any]) -> dict[str, torch.Tensor]:
+    @property
+    def keeps_a_part(self) -> bool:
+        """Whether an optimizer splits its state between ranks by itself."""
+        return any(map(keeps_a_part, self.optimizers.values()))
+
+    def own_names(self) -> set[str]:
+        """Return the names of the tensors that no other rank has a part or a copy of."""
+        return {n for n, _ in self._optimizer_tensors() if self._keeps_a_part(_owner_of(n))}
+
+    def _keeps_a_part(self, owner: str) -> bool:
+        return owner in self.optimizers and keeps_a_part(self.optimizers[owner])
+
+    def describe_part(self) -> dict[str, Any]:
+        """Return what `describe_whole` says on the first holder, for what this rank alone has."""
+        if not self.keeps_a_part:
+            return {}
+        record, own = self.describe(self.live()), self.own_names()
+        return {**record, "layout": [entry for entry in record["layout"] if entry[0] in own]}
+
+    def prepare_whole(
+        self, record: dict[str, Any], *parts: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """Return the tensors to read into, as `describe_whole` listed them on some mesh.
 
         Loads the small state on the way. Missing optimizer state is allocated: where it is as
-        large as its parameter, it is split as the parameter is here.
+        large as its parameter, it is split as the parameter is here. Where an optimizer keeps
+        the state of some parameters only, the rest is left out: ranks may share the parameters
+        out differently than those that wrote.
+
+        Args:
+            record: From `describe_whole` on the first holder.
+            *parts: From `describe_part` on the other ranks.
 
         Raises:
             StateMismatchError: There are other tensors in this process.
@@ -355,7 +386,9 @@ class Protected:
         here = dict((*self._parameters, *self._buffers))
         layout: list[list[Any]] = []
         splits: dict[str, Any] = {}
-        for name, dtype, shape, device in record["layout"]:
+        entries = [entry for each in (record, *parts) for entry in each["layout"]]
+        is_kept = self._kept_here()
+        for name, dtype, shape, device in filter(lambda entry: is_kept(entry[0]), entries):
             parameter = self._parameter_of(name) if name not in here else here[name]
             split = describe_split(parameter) if parameter is not None else None
             local = shape
@@ -368,13 +401,33 @@ class Protected:
                     hint="resume on the mesh that the checkpoint was written on",
                 )
             layout.append([name, dtype, local, device])
+        listed = {entry[0] for entry in layout}
+        for name, _ in self._parameters:
+            if name not in listed:
+                raise StateMismatchError(
+                    f"the checkpoint does not hold {name}",
+                    hint="build the model that it was written with; of a pipeline's stages, resume"
+                    " on the same mesh",
+                )
         self.prepare({**record, "layout": layout, "splits": splits})
+        for part in parts:
+            self._load_scalars(encoding.decode(base64.b64decode(part["small"]))["scalars"])
         everything = self.whole()
         return {entry[0]: everything[entry[0]] for entry in layout}
 
+    def _kept_here(self) -> Callable[[str], bool]:
+        """Return what tells of a name whether this rank keeps a tensor or scalar of that name."""
+        owned = {name: owned_by(optimizer) for name, optimizer in self.optimizers.items()}
+
+        def is_kept(name: str) -> bool:
+            mine = owned.get(_owner_of(name))
+            return mine is None or self._parameter_of(name) in mine
+
+        return is_kept
+
     def _parameter_of(self, name: str) -> torch.Tensor | None:
         """Return the parameter that optimizer state of this name belongs to."""
-        owner, index, _ = name.rsplit("/", 2) if name.count("/") >= 2 else ("", "", "")
+        owner, index = _owner_of(name), name.rsplit("/", 2)[1] if _owner_of(name) else ""
         parameters = _parameters_of(self.optimizers[owner]) if owner in self.optimizers else []
         return parameters[int(index)] if index and int(index) < len(parameters) else None
 
@@ -431,7 +484,10 @@ class Protected:
             self.stateful[name].load_state_dict(copy_tree(value))
 
     def _load_scalars(self, scalars: dict[str, Any]) -> None:
+        is_kept = self._kept_here()
         for name, value in scalars.items():
+            if not is_kept(name):
+                continue
             owner, index, key = name.rsplit("/", 2)
             optimizer = self.optimizers[owner]
             state_of(optimizer)[_parameters_of(optimizer)[int(index)]][key] = value
@@ -466,6 +522,11 @@ def _running_statistics(modules: Mapping[str, torch.nn.Module]) -> set[str]:
         if isinstance(layer, _NormBase)
         for key, _ in layer.named_buffers(recurse=False)
     }
+
+
+def _owner_of(name: str) -> str:
+    """Return the optimizer in the name of its state; empty for another name."""
+    return name.rsplit("/", 2)[0] if name.count("/") >= 2 else ""
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -65,6 +65,59 @@ def test_a_run_resumed_on_the_same_mesh_ends_as_one_that_never_stopped(saved, tm
     again.assert_same_state(plain("plain", *SPLIT))
 
 
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """A job whose optimizer splits its state by itself, on two ranks, after six steps."""
+    home = tmp_path_factory.mktemp("zero")
+    result = run_job(SCRIPT, "zero", "shard:2", "--steps", 6, home=home)
+    result.assert_completed()
+    info, skipped = CheckpointStore(home / "jobs" / result.job / "checkpoints").newest_valid()
+    assert info is not None
+    assert not skipped
+    return result, info
+
+
+def resume_zero(info, home, ranks, *args, chaos=""):
+    again = run_job(
+        SCRIPT, "zero", f"shard:{ranks}", *args, nproc_per_node=ranks, home=home, chaos=chaos,
+        options=("--resume", str(info.path.parent)),
+    )  # fmt: skip
+    again.assert_completed()
+    assert "resumed from the checkpoint of step 6" in again.stderr
+    return again
+
+
+def by_parameter(result):
+    """Return the optimizer state of every parameter, whoever keeps it."""
+    parts = result.values("by_parameter").values()
+    merged = {name: state for part in parts for name, state in part.items()}
+    assert len(merged) == sum(map(len, parts)), "two ranks keep the same"
+    return merged
+
+
+def test_an_optimizer_that_splits_its_state_is_resumed_after_all_ranks_were_killed(zero, tmp_path):
+    """Without shadows, so that the checkpoint is all that is left; every bit as never stopped."""
+    _, info = zero
+    assert {"state-00001.safetensors", "tree-00001.bin"} <= info.files.keys()
+    again = resume_zero(
+        info, tmp_path / "again", 2, "--shadow-every", 0,
+        chaos="kill rank=0 step=9 point=begin; kill rank=1 step=9 point=begin",
+    )  # fmt: skip
+    again.assert_fired("kill", times=2, cause="signal", served_by="checkpoint", step=9)
+    again.assert_same_state(run_job(SCRIPT, "zero", "shard:2", home=tmp_path / "calm"))
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_its_parts_are_shared_out_anew_on_another_number_of_ranks(zero, tmp_path, ranks):
+    result, info = zero
+    again = resume_zero(info, tmp_path, ranks, "--steps", 6)
+    assert by_parameter(again) == by_parameter(result)
+    assert len(by_parameter(result)) == 18
+    if ranks > 1:
+        kept = [set(part) for part in again.values("by_parameter").values()]
+        assert all(kept), "somebody keeps nothing: the model is too small for this test"
+
+
 def test_a_model_is_exported_to_hugging_faces_layout_and_read_back(saved, tmp_path):
     _, info = saved
     target = tmp_path / "model.safetensors"

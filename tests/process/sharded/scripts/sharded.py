@@ -153,8 +153,12 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def kept_state():
+    return optimizer.optim.state if way == "zero" else optimizer.state
+
+
 def digests(part):
-    kept = optimizer.optim.state if way == "zero" else optimizer.state
+    kept = kept_state()
     state = [
         {key: part(value) for key, value in kept.get(parameter, {}).items()}
         for parameter in model.parameters()
@@ -169,5 +173,10 @@ record(
     run.rank,
     state={**digests(local), **state_digests(buffers=dict(model.named_buffers()))},
     whole=digests(whole),
+    by_parameter={
+        name: state_digests(state=kept_state()[each])
+        for name, each in model.named_parameters()
+        if way == "zero" and each in kept_state()
+    },
     steps=run.step_index,
 )

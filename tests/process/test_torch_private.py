@@ -3,6 +3,7 @@
 When one of these fails on another torch, read `trainonce.worker.torch_private` first.
 """
 
+import contextlib
 import inspect
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, schedules
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -219,17 +221,21 @@ def test_gloo_takes_its_device_and_timeout_from_private_options():
 
 
 @pytest.fixture
-def sharded():
-    """A layer under FSDP2 on a mesh of one rank, and its optimizer."""
+def alone():
+    """A group of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
-        mesh = init_device_mesh("cpu", (1,))
-        fully_shard(module[0], mesh=mesh)
-        fully_shard(module, mesh=mesh)
-        yield module, torch.optim.AdamW(module.parameters())
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def sharded(alone):
+    """A layer under FSDP2 on a mesh of one rank, and its optimizer."""
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(module[0], mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module, torch.optim.AdamW(module.parameters())
 
 
 def test_the_local_part_of_a_dtensor_is_found_and_every_write_is_counted(sharded):
@@ -265,6 +271,36 @@ def test_gradients_that_wait_in_fsdp2_for_their_reduction_are_seen(sharded):
     module.set_requires_gradient_sync(True)
     module(torch.randn(2, 4)).sum().backward()
     assert not torch_private.unreduced_gradients(module)
+
+
+def test_the_part_in_which_the_stages_of_a_pipeline_get_ready_is_marked(alone):
+    """Once for each mode, and not in the passes that follow."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    stage = PipelineStage(module, 0, 1, torch.device("cpu"), group=dist.group.WORLD)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=torch.nn.functional.mse_loss)
+    seen = []
+
+    @contextlib.contextmanager
+    def around(schedule, buffers):
+        seen.append(names.name(schedule))
+        assert {id(buffer) for buffer in buffers} == {id(buffer) for buffer in module.buffers()}
+        yield
+
+    names = torch_private.PipelineRegistry()
+    original = schedules._PipelineSchedule._initialize_pp_stages
+    assert torch_private.pipelines_unwatched()
+    try:
+        for _ in range(2):
+            torch_private.watch_pipelines(around)
+        assert not torch_private.pipelines_unwatched()
+        for _ in range(2):
+            schedule.step(torch.randn(4, 2), target=torch.zeros(4, 2))
+        assert seen == ["ScheduleGPipe/2/0/train"]
+        for _ in range(2):
+            schedule.eval(torch.randn(4, 2), target=torch.zeros(4, 2))
+        assert seen[1:] == ["ScheduleGPipe/2/0/eval"]
+    finally:
+        schedules._PipelineSchedule._initialize_pp_stages = original
 
 
 def test_modules_below_a_compiled_one_are_left_out():

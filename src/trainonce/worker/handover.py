@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import base64
 import threading
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainonce.errors import RecoveryError, StateMismatchError, TrainOnceError
+from trainonce.errors import (
+    CollectiveError,
+    RecoveryError,
+    StateMismatchError,
+    TrainOnceError,
+)
 from trainonce.wire import encoding
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
 from trainonce.worker.fabric import Superseded
-from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.oplog import (
+    RECEIVE,
+    SEND,
+    SETUP,
+    STAGES,
+    UNSHARED,
+    Channel,
+    bucket_order_interval,
+)
 from trainonce.worker.shadow import fill
 from trainonce.worker.shards import stripe
 from trainonce.worker.spare import call_with_batch
@@ -28,7 +42,7 @@ from trainonce.worker.transfer import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
     from torch.nn.parallel import DistributedDataParallel
@@ -63,6 +77,7 @@ class Handover:
         self._fabric = fabric
         self._device = device
         self._ddps = torch_private.DdpRegistry()
+        self._pipelines = torch_private.PipelineRegistry()
         self._ordering: int | None = None
         self._trained: dict[int, int] = {}
         self._young: dict[int, int] = {}
@@ -105,6 +120,9 @@ class Handover:
             return True
         if self._used_maps and self._is_used_map(kind, tensors):
             return True
+        if self._fabric.stages_late and kind not in (SEND, RECEIVE):
+            # Only shapes matter there; but a DDP may be about to settle its buckets.
+            return not self.orders_buckets()
         if self._fabric.interval != SETUP:
             return False
         ddp = torch_private.constructing_ddp()
@@ -122,7 +140,35 @@ class Handover:
         self._used_maps.remove(tensors[0].numel())
         return True
 
-    def before_submit(self, group: GroupLog, op: Op) -> int | None:
+    @contextmanager
+    def preparing_stages(self, schedule: Any, buffers: list[torch.Tensor]) -> Generator[None]:
+        """Surround the part in which a pipeline's stages tell each other their shapes.
+
+        A newcomer does so when the others are past it: it is served what they said, and puts
+        back what its own passes, over no data, leave in `buffers`. So do all ranks in the first
+        step of a resumed job, which in the job that never stopped came after that.
+        """
+        fabric, runner = self._fabric, self._runner
+        if runner.rehearsing or fabric.interval == SETUP:
+            yield
+            return
+        fabric.begin_stages(self._pipelines.name(schedule))
+        again = fabric.stages_late or runner.commits == runner.started_at > 0
+        copies = [buffer.clone() for buffer in buffers] if again else []
+        try:
+            with ExitStack() as stack:
+                if again:
+                    # A DDP that sees this pass would reduce in the next backward pass, which
+                    # the others do in the step in which they got ready.
+                    for _, ddp in self._ddps.living():
+                        stack.enter_context(ddp.no_sync())
+                yield
+        finally:
+            fabric.end_stages()
+            for buffer, copy in zip(buffers, copies, strict=False):
+                buffer.data.copy_(copy)
+
+    def before_submit(self, log: GroupLog | Channel, op: Op) -> int | None:
         """Place an operation, and let the step prepare for it."""
         if self._ordering is not None:
             return bucket_order_interval(self._ordering)
@@ -135,8 +181,25 @@ class Handover:
             ddp = torch_private.rebuilding_ddp()
             if ddp is not None:
                 return bucket_order_interval(self._ddps.ordinal(ddp))
-        self._runner.before_operation(spans_world=group.spans_world)
-        return None
+        if isinstance(log, Channel):
+            self._check_messages()
+        self._runner.before_operation(spans_world=log.spans_world)
+        return STAGES if isinstance(log, Channel) and log.stages else None
+
+    def _check_messages(self) -> None:
+        """Refuse what the other ranks could not reckon with, or what cannot be told apart."""
+        if not self._runner.expects_messages():
+            raise CollectiveError(
+                "a message is sent or received in a later execution of a step, and none was in"
+                " an earlier one",
+                hint="the first execution tells all ranks of it: do so there too, or make a"
+                " group of some ranks before run.protect (dist.new_group, init_device_mesh)",
+            )
+        if self._runner.executing and torch_private.pipelines_unwatched():
+            raise CollectiveError(
+                "torch.distributed.pipelining was imported inside a step",
+                hint="import it at the top of the script",
+            )
 
     def orders_buckets(self) -> bool:
         """Tell whether a DDP is settling the order of its buckets on this thread."""

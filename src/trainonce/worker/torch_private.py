@@ -14,6 +14,11 @@ groups, where `parameter.grad` does not show them.
 
 The flight recorders of the backends are read through `torch._C._distributed_c10d`, as JSON: the
 public `_dump_nccl_trace` pickles. A build without NCCL lacks the first.
+
+The stages of a pipeline (`torch.distributed.pipelining`) tell each other the shapes of what they
+exchange before their first pass, within the first call of `step`, and again when a schedule
+changes between training and evaluation. A process that joins later does so when the others
+do not, so that part, `_initialize_pp_stages`, is marked.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
 _DDP_INIT = DistributedDataParallel.__init__.__code__
@@ -211,3 +217,71 @@ def recorded_collectives() -> dict[str, dict[str, Any]]:
         if dump is not None:
             found[backend] = json.loads(dump(includeCollectives=True, onlyActive=False))
     return found
+
+
+_SCHEDULES = "torch.distributed.pipelining.schedules"
+
+
+def watch_pipelines(
+    around: Callable[[Any, list[torch.Tensor]], AbstractContextManager[None]],
+) -> None:
+    """Put `around` around the part in which a pipeline's stages get ready; once is enough.
+
+    Args:
+        around: Takes the schedule, and the buffers of its stages on this rank.
+    """
+    module = sys.modules.get(_SCHEDULES)
+    if module is None:
+        return
+    prepare = module._PipelineSchedule._initialize_pp_stages
+    if hasattr(prepare, "__wrapped__"):
+        return
+
+    @functools.wraps(prepare)
+    def watched(
+        self: Any,
+        stages: list[Any],
+        args: Any,
+        kwargs: Any,
+        target: Any,
+        fwd_initialized: bool,
+        bwd_initialized: bool,
+        **rest: Any,
+    ) -> Any:
+        call = functools.partial(
+            prepare, self, stages, args, kwargs, target, fwd_initialized, bwd_initialized, **rest
+        )
+        if fwd_initialized and bwd_initialized == self._has_backward:
+            return call()
+        buffers = [buffer for stage in stages for buffer in stage.submod.buffers()]
+        with around(self, buffers):
+            return call()
+
+    module._PipelineSchedule._initialize_pp_stages = watched
+
+
+def pipelines_unwatched() -> bool:
+    """Tell whether there may be pipelines that `watch_pipelines` knows nothing of."""
+    module = sys.modules.get(_SCHEDULES)
+    return module is not None and not hasattr(
+        module._PipelineSchedule._initialize_pp_stages, "__wrapped__"
+    )
+
+
+class PipelineRegistry:
+    """The schedules of this process, by what they have in common with those of other ranks."""
+
+    def __init__(self) -> None:
+        self._schedules: dict[str, list[weakref.ref[Any]]] = {}
+
+    def name(self, schedule: Any) -> str:
+        """Return the same for the schedules of all stages of one pipeline, in one mode.
+
+        Schedules of one kind are told apart by the order in which they first get ready.
+        """
+        kind = f"{type(schedule).__name__}/{schedule._n_microbatches}"
+        alike = self._schedules.setdefault(kind, [])
+        place = next((n for n, each in enumerate(alike) if each() is schedule), len(alike))
+        if place == len(alike):
+            alike.append(weakref.ref(schedule))
+        return f"{kind}/{place}/{'train' if schedule._has_backward else 'eval'}"

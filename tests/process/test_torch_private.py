@@ -273,34 +273,47 @@ def test_gradients_that_wait_in_fsdp2_for_their_reduction_are_seen(sharded):
     assert not torch_private.unreduced_gradients(module)
 
 
-def test_the_part_in_which_the_stages_of_a_pipeline_get_ready_is_marked(alone):
-    """Once for each mode, and not in the passes that follow."""
+def test_the_part_in_which_the_stages_of_a_pipeline_get_ready_is_surrounded(alone):
+    """Whether they do or not, in each mode; and they do so again where that is asked for."""
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    stage = PipelineStage(module, 0, 1, torch.device("cpu"), group=dist.group.WORLD)
-    schedule = ScheduleGPipe(stage, 2, loss_fn=torch.nn.functional.mse_loss)
-    seen = []
+    seen, anyway = [], [False]
 
     @contextlib.contextmanager
-    def around(schedule, buffers):
-        seen.append(names.name(schedule))
-        assert {id(buffer) for buffer in buffers} == {id(buffer) for buffer in module.buffers()}
-        yield
+    def around(schedule, ready, stages):
+        seen.append((pipelines.name(schedule), torch_private.trains(schedule), ready))
+        assert [each.submod for each in stages] == [module]
+        assert not torch_private.is_traced(stages[0])
+        yield anyway[0]
 
-    names = torch_private.PipelineRegistry()
-    original = schedules._PipelineSchedule._initialize_pp_stages
+    pipelines = torch_private.PipelineRegistry(around)
+    base = schedules._PipelineSchedule
+    originals = base.__init__, base._initialize_pp_stages
     assert torch_private.pipelines_unwatched()
     try:
-        for _ in range(2):
-            torch_private.watch_pipelines(around)
+        pipelines.watch()
+        pipelines.watch()
         assert not torch_private.pipelines_unwatched()
-        for _ in range(2):
-            schedule.step(torch.randn(4, 2), target=torch.zeros(4, 2))
-        assert seen == ["ScheduleGPipe/2/0/train"]
-        for _ in range(2):
-            schedule.eval(torch.randn(4, 2), target=torch.zeros(4, 2))
-        assert seen[1:] == ["ScheduleGPipe/2/0/eval"]
+        stage = PipelineStage(module, 0, 1, torch.device("cpu"), group=dist.group.WORLD)
+        first, second = (
+            ScheduleGPipe(stage, 2, loss_fn=torch.nn.functional.mse_loss) for _ in range(2)
+        )
+        pipelines.closed = True
+        late = ScheduleGPipe(stage, 2)
+        names = [pipelines.name(each) for each in (first, second, late)]
+        assert names == ["ScheduleGPipe/2/0", "ScheduleGPipe/2/1", ""]
+        calls = [first.step, first.step, first.eval, first.eval, first.step]
+        for call in calls:
+            call(torch.randn(4, 2), target=torch.zeros(4, 2))
+        passes = [(True, False), (True, True), (False, False), (False, True), (True, False)]
+        assert seen == [(names[0], *each) for each in passes]
+        anyway[0] = True
+        forwards = []
+        module.register_forward_hook(lambda *_: forwards.append(1))
+        first.step(torch.randn(4, 2), target=torch.zeros(4, 2))
+        assert seen[-1] == (names[0], True, True)
+        assert len(forwards) == 1 + 2, "one pass to get ready, and one for each micro-batch"
     finally:
-        schedules._PipelineSchedule._initialize_pp_stages = original
+        base.__init__, base._initialize_pp_stages = originals
 
 
 def test_modules_below_a_compiled_one_are_left_out():

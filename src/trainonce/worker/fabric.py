@@ -28,7 +28,14 @@ from trainonce.worker.oplog import (
     OpLog,
     OpState,
 )
-from trainonce.worker.plan import Donation, Plan, RankReport, ResultTransfer, plan_recovery
+from trainonce.worker.plan import (
+    Donation,
+    OpName,
+    Plan,
+    RankReport,
+    ResultTransfer,
+    plan_recovery,
+)
 from trainonce.worker.transfer import receive_tensors, send_tensors
 
 if TYPE_CHECKING:
@@ -135,8 +142,11 @@ class Fabric:
         self._taken: dict[str, set[tuple[int, int]]] = {}
         # A message was issued or has arrived.
         self._moved = threading.Condition(self.lock)
-        # Results for groups that a newcomer's script has not made yet.
-        self._early: dict[str, list[tuple[ResultTransfer, list[torch.Tensor]]]] = {}
+        # Results by (interval, sequence number) for groups and channels not made here yet.
+        self._early: dict[str, dict[tuple[int, int], tuple[str, list[torch.Tensor]]]] = {}
+        # Members of groups and ends of channels, of this process or another.
+        self._members: dict[str, list[int]] = {}
+        self._ends: dict[str, list[int]] = {}
         self._progress = progress
         self._notify = notify
         self._announced: Generation | None = None
@@ -164,8 +174,6 @@ class Fabric:
         self.settling = False
         # All ranks know that there are messages between single ranks.
         self.messages = False
-        # Interval in which the stages of each pipeline first got ready, on whichever rank.
-        self._pipelines: dict[str, int] = {}
         self.stages = ""
         """Name of the pipeline whose stages are getting ready on this rank; else empty."""
         self.stages_late = False
@@ -185,9 +193,8 @@ class Fabric:
         return group
 
     def _keep_early(self, log: OpLog) -> None:
-        for transfer, tensors in self._early.pop(log.key, ()):
-            _, interval, seq = transfer.name
-            log.keep(interval, seq, transfer.signature, tensors)
+        for (interval, seq), (signature, tensors) in self._early.pop(log.key, {}).items():
+            log.keep(interval, seq, signature, tensors)
 
     def channel(self, group: GroupLog, source: int, target: int, tag: int) -> Channel:
         """Return the channel from one rank of `group` to another, of which this rank is one."""
@@ -238,14 +245,19 @@ class Fabric:
             ]
         return ", ".join(found) or "none"
 
-    def begin_stages(self, name: str) -> None:
-        """Take note that the stages of the pipeline `name` get ready on this rank."""
+    def begin_stages(self, name: str, turn: int, *, late: bool) -> None:
+        """Take note that the stages of the pipeline `name` get ready on this rank.
+
+        Args:
+            name: The same on all its ranks.
+            turn: How often they did so before, and this time.
+            late: The others have done so before.
+        """
         with self.lock:
-            self.stages = name
-            self.stages_late = self._pipelines.setdefault(name, self.interval) < self.interval
+            self.stages, self.stages_late = f"{name}/{turn}", late
             for channel in self._channels.values():
-                if channel.stages == name:
-                    channel.begin_again()
+                if channel.stages.startswith(f"{name}/") and channel.stages != self.stages:
+                    channel.last_interval = min(channel.last_interval, self.interval)
 
     def end_stages(self) -> None:
         """Take note that they are ready."""
@@ -451,11 +463,20 @@ class Fabric:
             # Every rank has issued this one, hence committed what came before it.
             passed = op.settles or not self.keeps_step
             if log.spans_world and op.interval == self.interval and passed:
-                for each in self._logs():
-                    each.release_before(op.interval, self.pool)
+                self._release_before(op.interval)
             self._moved.notify_all()
         op.future.set_result(op.value)
         op.let_go()
+
+    def _release_before(self, interval: int) -> None:
+        """Free what no rank can ask for any more: all have committed `interval` - 1."""
+        for each in self._logs():
+            each.release_before(interval, self.pool)
+        for key in [key for key, each in self._channels.items() if each.last_interval < interval]:
+            del self._channels[key], self._taken[key]
+        for results in self._early.values():
+            for name in [name for name in results if SETUP < name[0] < interval]:
+                del results[name]
 
     def _inner_failed(self, error: str) -> None:
         """Tell the controller, once a generation. The lock is held."""
@@ -576,10 +597,9 @@ class Fabric:
             len(ranks) < len(reports) for each in reports for ranks in each.groups.values()
         )
         self.messages |= any(each.messages for each in reports)
-        with self.lock:
-            for each in reports:
-                for name, interval in each.pipelines.items():
-                    self._pipelines[name] = min(interval, self._pipelines.get(name, interval))
+        for each in reports:
+            self._members |= each.groups
+            self._ends |= each.channels
         plan = plan_recovery(reports)
         self._order_ranks = plan.order_ranks
         return plan
@@ -620,6 +640,7 @@ class Fabric:
         with self.lock:
             logs = self._logs()
             lasting = {interval for log in logs for interval in log.lasting()}
+            lasting |= {i for results in self._early.values() for i, _ in results if i <= SETUP}
             intervals = lasting | {SETUP, STAGES, self.commits - 1, self.commits}
             for channel in self._channels.values():
                 channel.hand_over()
@@ -628,19 +649,40 @@ class Fabric:
                 commits=self.commits,
                 donor=not fresh and host.can_donate(),
                 original=self._original,
-                groups={key: group.ranks for key, group in self._groups.items()},
-                channels={key: channel.ranks for key, channel in self._channels.items()},
+                groups={
+                    **{key: self._members[key] for key in self._early if key in self._members},
+                    **{key: group.ranks for key, group in self._groups.items()},
+                },
+                channels={
+                    **{key: self._ends[key] for key in self._early if key in self._ends},
+                    **{key: channel.ranks for key, channel in self._channels.items()},
+                },
                 ops={
-                    (log.key, interval, seq): (signature, known)
-                    for log in logs
-                    for interval, seq, signature, known in log.describe(intervals)
+                    **self._describe_early(intervals),
+                    **{
+                        (log.key, interval, seq): (signature, known)
+                        for log in logs
+                        for interval, seq, signature, known in log.describe(intervals)
+                    },
                 },
                 shards=[] if fresh else host.shards,
                 shadows=host.shadow_commits() if fresh else [],
                 since=self._since,
                 messages=self.messages,
-                pipelines=dict(self._pipelines),
             )
+
+    def _describe_early(self, intervals: set[int]) -> dict[OpName, tuple[str, int]]:
+        """Return what is known of operations of groups and channels that are not made here yet."""
+        found: dict[OpName, tuple[str, int]] = {}
+        for key, results in self._early.items():
+            sends = key not in self._ends or self._ends[key][0] == self.rank
+            for (interval, seq), (signature, _) in results.items():
+                if interval in intervals:
+                    found[key, interval, seq] = (
+                        signature,
+                        int(Channel.ahead(interval, sends=sends)),
+                    )
+        return found
 
     def _move_state(self, plan: Plan, inner: InnerGroup, host: Host) -> tuple[str, int]:
         if self.rank in plan.restores:
@@ -677,7 +719,7 @@ class Fabric:
             key, interval, seq = transfer.name
             if self.rank == transfer.source:
                 with self.lock:
-                    result = self._log(key).result(interval, seq)
+                    result = self._result(key, interval, seq)
                 for target in transfer.targets:
                     send_tensors(inner, target, result)
             elif self.rank in transfer.targets:
@@ -686,18 +728,23 @@ class Fabric:
                 completed.extend(self._place(transfer, tensors))
         return received_bytes
 
-    def _log(self, key: str) -> GroupLog | Channel:
-        return self._groups.get(key) or self._channels[key]
+    def _log(self, key: str) -> GroupLog | Channel | None:
+        return self._groups.get(key) or self._channels.get(key)
+
+    def _result(self, key: str, interval: int, seq: int) -> list[torch.Tensor]:
+        log = self._log(key)
+        return self._early[key][interval, seq][1] if log is None else log.result(interval, seq)
 
     def _place(
         self, transfer: ResultTransfer, tensors: list[torch.Tensor]
     ) -> list[tuple[GroupLog | Channel, Op]]:
         key, interval, seq = transfer.name
         with self.lock:
-            if key not in self._groups and key not in self._channels:
-                self._early.setdefault(key, []).append((transfer, tensors))
-                return []
             log = self._log(key)
+            if log is None:
+                early = self._early.setdefault(key, {})
+                early[interval, seq] = (transfer.signature, tensors)
+                return []
             op = log.ops.get(interval, {}).get(seq)
             if op is None:
                 log.keep(interval, seq, transfer.signature, tensors)

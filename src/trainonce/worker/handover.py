@@ -11,6 +11,7 @@ import torch
 
 from trainonce.errors import (
     CollectiveError,
+    ConfigError,
     RecoveryError,
     StateMismatchError,
     TrainOnceError,
@@ -77,11 +78,14 @@ class Handover:
         self._fabric = fabric
         self._device = device
         self._ddps = torch_private.DdpRegistry()
-        self._pipelines = torch_private.PipelineRegistry()
+        self.pipelines = torch_private.PipelineRegistry(self._preparing_stages)
         self._ordering: int | None = None
         self._trained: dict[int, int] = {}
         self._young: dict[int, int] = {}
         self._used_maps: list[int] = []
+        # DDPs that have settled the order of their buckets, here and in the predecessor.
+        self._ordered: set[int] = set()
+        self._ordered_before: set[int] = set()
         self._restorable = threading.Event()
         self._formed = threading.Event()
         self._job_commits = threading.Event()
@@ -140,29 +144,59 @@ class Handover:
         self._used_maps.remove(tensors[0].numel())
         return True
 
+    def passes(self) -> dict[str, Any]:
+        """Return what a successor of this rank must know of its DDPs and pipelines."""
+        return {"ordered": sorted(self._ordered), "pipelines": copy_tree(self.pipelines.turns)}
+
     @contextmanager
-    def preparing_stages(self, schedule: Any, buffers: list[torch.Tensor]) -> Generator[None]:
+    def _preparing_stages(self, schedule: Any, ready: bool, stages: list[Any]) -> Generator[bool]:
         """Surround the part in which a pipeline's stages tell each other their shapes.
 
-        A newcomer does so when the others are past it: it is served what they said, and puts
-        back what its own passes, over no data, leave in `buffers`. So do all ranks in the first
-        step of a resumed job, which in the job that never stopped came after that.
+        They do so when a schedule is first used, and whenever it changes between training and
+        evaluation. For a process that took a rank over it is the predecessor's changes that
+        count, so that it does what the others do in the same step. Beyond that its stages have to
+        get ready once by themselves: served what the others said, with no trace left.
+
+        Yields:
+            Whether they get ready although they are.
         """
-        fabric, runner = self._fabric, self._runner
-        if runner.rehearsing or fabric.interval == SETUP:
-            yield
+        fabric, pipelines = self._fabric, self.pipelines
+        if self._runner.rehearsing:
+            yield False
             return
-        fabric.begin_stages(self._pipelines.name(schedule))
-        again = fabric.stages_late or runner.commits == runner.started_at > 0
-        copies = [buffer.clone() for buffer in buffers] if again else []
+        name, trains = pipelines.name(schedule), torch_private.trains(schedule)
+        if not name:
+            raise ConfigError(
+                f"a {type(schedule).__name__} of torch.distributed.pipelining was made after the"
+                " first step began",
+                hint="make schedules before run.protect, so that every process knows them alike",
+            )
+        turn, trained = pipelines.turns.get(name, (0, None))
+        with_others = trains != trained
+        if ready and not with_others:
+            yield False
+            return
+        if with_others:
+            turn += 1
+            pipelines.turns[name] = [turn, trains]
+        if turn > 1 and any(map(torch_private.is_traced, stages)):
+            raise CollectiveError(
+                "a schedule of traced stages changes between training and evaluation",
+                hint="build stages with PipelineStage, or evaluate with a schedule of their own",
+            )
+        if fabric.interval == SETUP:
+            yield True
+            return
+        fabric.begin_stages(name, turn, late=not with_others)
+        buffers = [buffer for stage in stages for buffer in stage.submod.buffers()]
+        copies = [] if with_others else [buffer.clone() for buffer in buffers]
         try:
             with ExitStack() as stack:
-                if again:
-                    # A DDP that sees this pass would reduce in the next backward pass, which
-                    # the others do in the step in which they got ready.
+                if not with_others:
+                    # A DDP that sees this pass would reduce in the next backward pass.
                     for _, ddp in self._ddps.living():
                         stack.enter_context(ddp.no_sync())
-                yield
+                yield True
         finally:
             fabric.end_stages()
             for buffer, copy in zip(buffers, copies, strict=False):
@@ -180,7 +214,9 @@ class Handover:
         if op.kind == "broadcast" and op.signature.startswith("broadcast(int32"):
             ddp = torch_private.rebuilding_ddp()
             if ddp is not None:
-                return bucket_order_interval(self._ddps.ordinal(ddp))
+                ordinal = self._ddps.ordinal(ddp)
+                self._ordered.add(ordinal)
+                return bucket_order_interval(ordinal)
         if isinstance(log, Channel):
             self._check_messages()
         self._runner.before_operation(spans_world=log.spans_world)
@@ -356,10 +392,18 @@ class Handover:
         runner.begin_at(commits, started_at=record["started_at"])
         runner.means.expect(record["reduces_means"], commits)
         runner.profiles.load(record["profiles"])
+        self._ordered_before = set(runner.local.passes_before.get("ordered", ()))
+        self.take_turns()
         self.watch_passes(dict(record["trained"]))
         if runner.durable is not None and record["poll"] is not None:
             runner.durable.restore(record["poll"])
         runner.restored()
+
+    def take_turns(self) -> None:
+        """Count on from where the predecessor's pipelines were at the last commit."""
+        turns = self._runner.local.passes_before.get("pipelines")
+        if turns is not None:
+            self.pipelines.turns = copy_tree(turns)
 
     def _take_shards(self, plan: Plan) -> None:
         runner = self._runner
@@ -414,7 +458,10 @@ class Handover:
             first_pass_missed = ddp.static_graph and trained > 0 and not rehearsed
             if first_pass_missed:
                 self._used_maps.append(sum(p.requires_grad for p in ddp.parameters()))
-            if self._fabric.knows(bucket_order_interval(ordinal)):
+            # An order that was settled within the step in flight is asked for in that step.
+            known = self._fabric.knows(bucket_order_interval(ordinal))
+            if known and ordinal in self._ordered_before:
+                self._ordered.add(ordinal)
                 self._ordering = ordinal
                 try:
                     torch_private.rebuild_buckets(ddp)

@@ -9,6 +9,7 @@ number them alike.
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,8 @@ SETUP = -1
 # Operations of set-up that a newcomer answers by itself, such as those of DDP's constructor.
 # A death during set-up restarts it, so nobody ever asks for their results.
 UNSHARED = -2
-# What the stages of a pipeline tell each other before their first pass. Kept for the life of the
-# job: a newcomer asks for it in whatever step is its first.
+# What the stages of a pipeline tell each other before their first pass. Kept until they get ready
+# anew: a newcomer asks for it in whatever step is its first.
 STAGES = -3
 
 # Kinds of messages.
@@ -335,6 +336,8 @@ class Channel(OpLog):
         self.stages = stages
         self.taken = taken
         self.unsent: list[Op] = []
+        self.last_interval = sys.maxsize
+        """Once this was committed, nobody uses the channel any more."""
 
     @staticmethod
     def name(group: GroupLog, source: int, target: int, tag: int, stages: str) -> str:
@@ -387,11 +390,6 @@ class Channel(OpLog):
         """Take note that what the target has received is not to be sent."""
         self.unsent = [op for op in self.unsent if (op.interval, op.seq) not in self.taken]
 
-    def begin_again(self) -> None:
-        """Number the messages of stages that get ready anew from 0: their content is known."""
-        for seq, op in self.ops.pop(STAGES, {}).items():
-            self.keep(STAGES, seq, op.signature, op.buffers)
-
     def balance(self, interval: int) -> int:
         """Return how many messages of `interval` this rank has issued, negative if it receives."""
         count = len(self.ops.get(interval, ()))
@@ -405,7 +403,12 @@ class Channel(OpLog):
 
     def known_ahead(self, interval: int) -> Known:
         """Return what can be given of a message that has arrived."""
-        return Known.RESULT if self.sends or interval == STAGES else Known.TAKEN
+        return self.ahead(interval, sends=self.sends)
+
+    @staticmethod
+    def ahead(interval: int, *, sends: bool) -> Known:
+        """Return what an end can give of a message that it knows of."""
+        return Known.RESULT if sends or interval == STAGES else Known.TAKEN
 
 
 def _give_back(op: Op, pool: BufferPool) -> None:

@@ -33,7 +33,6 @@ class RankReport:
             shadow.
         since: Committed steps with which this process began: what came before, it has no log of.
         messages: It was agreed that there are messages between single ranks.
-        pipelines: Name of each pipeline to the interval in which its stages got ready.
     """
 
     fresh: bool
@@ -47,7 +46,6 @@ class RankReport:
     shadows: list[int] = field(default_factory=lambda: [])
     since: int = 0
     messages: bool = False
-    pipelines: dict[str, int] = field(default_factory=lambda: {})
 
     def to_record(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -63,7 +61,6 @@ class RankReport:
             "shadows": self.shadows,
             "since": self.since,
             "messages": self.messages,
-            "pipelines": self.pipelines,
         }
 
     @classmethod

@@ -10,7 +10,6 @@ import os
 import struct
 import threading
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,7 +19,6 @@ from trainonce.errors import CollectiveError, ConfigError, StepError
 from trainonce.events import ValueLost
 from trainonce.wire.messages import Drained, Note, Ready, Report
 from trainonce.wire.progress import Phase
-from trainonce.worker import torch_private
 from trainonce.worker.cursor import Cursor
 from trainonce.worker.faults import FaultInjector
 from trainonce.worker.gate import UpdateGate
@@ -46,7 +44,6 @@ from trainonce.worker.verify import compare_replicas
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-    from contextlib import AbstractContextManager
 
     from trainonce.wire.progress import Progress
     from trainonce.worker.cursor import Position
@@ -55,6 +52,7 @@ if TYPE_CHECKING:
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Image, Protected
     from trainonce.worker.step import Step
+    from trainonce.worker.torch_private import PipelineRegistry
 
 # Ranks that keep a copy of the state from before an update, where a step needs one.
 _HOLDERS = (0, 1)
@@ -123,7 +121,7 @@ class Runner:
         self.started_at = 0
         self.drain_requested = threading.Event()
         self.prepare: Callable[[], None] = lambda: None
-        self.preparing_stages: Callable[..., AbstractContextManager[None]] = nullcontext
+        self.pipelines: PipelineRegistry | None = None
         self.on_commit: Callable[[], None] = lambda: None
         self._entered = False
         self.profiles = StepProfiles()
@@ -218,8 +216,9 @@ class Runner:
                 hint="run.protect(model=model, optimizer=optimizer, loader=loader)",
             )
         self._entered = True
-        if self.fabric is not None:
-            torch_private.watch_pipelines(self.preparing_stages)
+        if self.pipelines is not None:
+            self.pipelines.watch()
+            self.pipelines.closed = True
         self.prepare()
         self.injector.watch(self.protected.modules.values())
         self._set_phase(Phase.BETWEEN)
@@ -278,7 +277,6 @@ class Runner:
         execution.waited_before_ns = self._waited_ns
         self.execution = execution
         if self.fabric is not None:
-            torch_private.watch_pipelines(self.preparing_stages)
             self.fabric.early = self.world_size > 1 and self._always_together
         self.progress["section_mono_ns"] = execution.begun_mono_ns
         self.progress["section"] += 1

@@ -98,7 +98,8 @@ class Run:
             self._fabric.host = self._handover
             self._runner.prepare = self._prepare
             self._runner.describe = self._handover.describe_later
-            self._runner.preparing_stages = self._handover.preparing_stages
+            self._runner.pipelines = self._handover.pipelines
+            self._runner.local.passes = self._handover.passes
             job = settings.JOB.get() or "job"
             self._runner.durable = Durable(
                 self._runner,
@@ -317,10 +318,14 @@ class Run:
             world_size=self._world_size,
         )
         torch_private.watch_new_groups(self._note_group)
+        assert self._runner.pipelines is not None
+        self._runner.pipelines.watch()
         self._runner.progress["phase"] = Phase.SETUP
 
     def _note_group(self, ranks: Sequence[int]) -> None:
         assert self._fabric is not None
+        assert self._runner.pipelines is not None
+        self._runner.pipelines.watch()  # in case that it was imported meanwhile
         if ranks and len(ranks) < self._world_size:
             # Steps complete together from here on, on all ranks alike.
             self._fabric.subgroups_elsewhere = True
@@ -374,6 +379,7 @@ class Run:
         assert self._generation is not None
         assert self._runner.protected is not None
         commits, source = self._resume(self._generation.resume)
+        self._handover.take_turns()
         self._handover.watch_passes({})
         self._runner.begin_at(commits, started_at=commits)
         if self._runner.durable is not None:

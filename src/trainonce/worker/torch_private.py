@@ -18,7 +18,8 @@ public `_dump_nccl_trace` pickles. A build without NCCL lacks the first.
 The stages of a pipeline (`torch.distributed.pipelining`) tell each other the shapes of what they
 exchange before their first pass, within the first call of `step`, and again when a schedule
 changes between training and evaluation. A process that joins later does so when the others
-do not, so that part, `_initialize_pp_stages`, is marked.
+do not, so that part, `_initialize_pp_stages`, is surrounded. Schedules are counted where they are
+made, in `_PipelineSchedule.__init__`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import functools
 import json
 import sys
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -222,66 +224,85 @@ def recorded_collectives() -> dict[str, dict[str, Any]]:
 _SCHEDULES = "torch.distributed.pipelining.schedules"
 
 
-def watch_pipelines(
-    around: Callable[[Any, list[torch.Tensor]], AbstractContextManager[None]],
-) -> None:
-    """Put `around` around the part in which a pipeline's stages get ready; once is enough.
+class PipelineRegistry:
+    """The schedules of this process, and how often the stages of each got ready.
 
     Args:
-        around: Takes the schedule, and the buffers of its stages on this rank.
+        around: Surrounds the part in which they do, or would if they were not; takes the
+            schedule, whether they are ready, and the stages on this rank. What it yields says
+            whether they get ready all the same.
     """
-    module = sys.modules.get(_SCHEDULES)
-    if module is None:
-        return
-    prepare = module._PipelineSchedule._initialize_pp_stages
-    if hasattr(prepare, "__wrapped__"):
-        return
 
-    @functools.wraps(prepare)
-    def watched(
-        self: Any,
-        stages: list[Any],
-        args: Any,
-        kwargs: Any,
-        target: Any,
-        fwd_initialized: bool,
-        bwd_initialized: bool,
-        **rest: Any,
-    ) -> Any:
-        call = functools.partial(
-            prepare, self, stages, args, kwargs, target, fwd_initialized, bwd_initialized, **rest
-        )
-        if fwd_initialized and bwd_initialized == self._has_backward:
-            return call()
-        buffers = [buffer for stage in stages for buffer in stage.submod.buffers()]
-        with around(self, buffers):
-            return call()
+    def __init__(
+        self, around: Callable[[Any, bool, list[Any]], AbstractContextManager[bool]]
+    ) -> None:
+        self._around = around
+        self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._counts: Counter[str] = Counter()
+        self.closed = False
+        """From now on new schedules get no name."""
+        self.turns: dict[str, list[Any]] = {}
+        """Name to how often its stages got ready, and whether for training the last time."""
 
-    module._PipelineSchedule._initialize_pp_stages = watched
+    def watch(self) -> None:
+        """Watch the schedules that are made from now on; once is enough."""
+        module = sys.modules.get(_SCHEDULES)
+        if module is None or not pipelines_unwatched():
+            return
+        base = module._PipelineSchedule
+        make, prepare, around = base.__init__, base._initialize_pp_stages, self._around
+
+        @functools.wraps(make)
+        def made(schedule: Any, *args: Any, **kwargs: Any) -> None:
+            make(schedule, *args, **kwargs)
+            self._add(schedule)
+
+        @functools.wraps(prepare)
+        def prepared(
+            schedule: Any, stages: list[Any], args: Any, kwargs: Any, target: Any,
+            fwd_initialized: bool, bwd_initialized: bool, **rest: Any,
+        ) -> Any:  # fmt: skip
+            ready = fwd_initialized and bwd_initialized == schedule._has_backward
+            with around(schedule, ready, stages) as anyway:
+                again = ready and anyway
+                return prepare(
+                    schedule, stages, args, kwargs, target,
+                    fwd_initialized and not again, bwd_initialized and not again, **rest,
+                )  # fmt: skip
+
+        base.__init__ = made
+        base._initialize_pp_stages = prepared
+
+    def _add(self, schedule: Any) -> None:
+        kind = f"{type(schedule).__name__}/{schedule._n_microbatches}"
+        if not self.closed:
+            self._names[schedule] = f"{kind}/{self._counts[kind]}"
+            self._counts[kind] += 1
+
+    def name(self, schedule: Any) -> str:
+        """Return the same for the schedules of all stages of one pipeline; empty for a late one.
+
+        Schedules of one kind are told apart by the order in which they are made.
+        """
+        return self._names.get(schedule, "")
 
 
 def pipelines_unwatched() -> bool:
-    """Tell whether there may be pipelines that `watch_pipelines` knows nothing of."""
+    """Tell whether there may be pipelines of which no `PipelineRegistry` knows."""
     module = sys.modules.get(_SCHEDULES)
     return module is not None and not hasattr(
         module._PipelineSchedule._initialize_pp_stages, "__wrapped__"
     )
 
 
-class PipelineRegistry:
-    """The schedules of this process, by what they have in common with those of other ranks."""
+def is_traced(stage: Any) -> bool:
+    """Tell whether a stage comes from `torch.distributed.pipelining.pipeline`.
 
-    def __init__(self) -> None:
-        self._schedules: dict[str, list[weakref.ref[Any]]] = {}
+    Such stages exchange something when they first get ready, and nothing when they do so again.
+    """
+    return isinstance(stage, sys.modules["torch.distributed.pipelining.stage"]._PipelineStage)
 
-    def name(self, schedule: Any) -> str:
-        """Return the same for the schedules of all stages of one pipeline, in one mode.
 
-        Schedules of one kind are told apart by the order in which they first get ready.
-        """
-        kind = f"{type(schedule).__name__}/{schedule._n_microbatches}"
-        alike = self._schedules.setdefault(kind, [])
-        place = next((n for n, each in enumerate(alike) if each() is schedule), len(alike))
-        if place == len(alike):
-            alike.append(weakref.ref(schedule))
-        return f"{kind}/{place}/{'train' if schedule._has_backward else 'eval'}"
+def trains(schedule: Any) -> bool:
+    """Tell whether a schedule is to run backward passes now."""
+    return schedule._has_backward

@@ -25,6 +25,7 @@ from trainonce.testing import record, state_digests
 
 WIDTH = 12
 MICRO_BATCHES = 4
+NUM_SAMPLES = 8
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
 
 torch.set_num_threads(1)
@@ -34,6 +35,7 @@ parser.add_argument("schedule", choices=SCHEDULES)
 parser.add_argument("sync", choices=("ddp", "zero", "reduce", "hsdp", "none"))
 parser.add_argument("axes", nargs="+")
 parser.add_argument("--steps", type=int, default=12)
+parser.add_argument("--shapes", choices=("asked", "given"), default="asked")
 parser.add_argument("--evaluate-every", type=int, default=0)
 parser.add_argument("--verify-every", type=int, default=0)
 parser.add_argument("--shadow-every", type=int, default=None)
@@ -66,8 +68,21 @@ if arguments.sync in ("ddp", "zero"):
     modules = [DistributedDataParallel(m, process_group=copies.get_group()) for m in modules]
 if arguments.sync == "hsdp":
     modules = [fully_shard(m, mesh=mesh["rep", "shard"]) for m in modules]
+
+
+def shapes(index):
+    """Samples of a micro-batch in and out, where the stages need not ask each other."""
+    if arguments.shapes == "asked":
+        return {}
+    samples = NUM_SAMPLES // MICRO_BATCHES
+    return {
+        "input_args": torch.empty(samples, WIDTH, requires_grad=index > 0),
+        "output_args": torch.empty(samples, WIDTH, requires_grad=True),
+    }
+
+
 stages = [
-    PipelineStage(module, index, num_stages, torch.device("cpu"), group=pipe)
+    PipelineStage(module, index, num_stages, torch.device("cpu"), group=pipe, **shapes(index))
     for module, index in zip(modules, mine, strict=True)
 ]
 schedule = SCHEDULES[arguments.schedule](
@@ -98,7 +113,7 @@ first, last = 0 in mine, num_stages - 1 in mine
 def data(step):
     copy = 0 if copies is None else mesh.get_local_rank("rep")
     generator = torch.Generator().manual_seed(1000 * step + copy)
-    x = torch.randn(8, WIDTH, generator=generator)
+    x = torch.randn(NUM_SAMPLES, WIDTH, generator=generator)
     return x, x.roll(1, 1).sin()
 
 

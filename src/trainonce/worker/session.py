@@ -318,9 +318,17 @@ class Run:
             world_size=self._world_size,
         )
         torch_private.watch_new_groups(self._note_group)
+        torch_private.watch_meshes(self._explain_mesh)
         assert self._runner.pipelines is not None
         self._runner.pipelines.watch()
         self._runner.progress["phase"] = Phase.SETUP
+
+    def _explain_mesh(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"{what} (the job has {self._world_size} ranks)",
+            hint=f"make the sizes of its axes multiply to {self._world_size}, or give"
+            " --nproc-per-node their product",
+        )
 
     def _note_group(self, ranks: Sequence[int]) -> None:
         assert self._fabric is not None

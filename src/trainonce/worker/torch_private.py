@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.autograd.graph
 import torch.distributed.distributed_c10d as c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -114,6 +115,30 @@ def watch_new_groups(told: Callable[[Sequence[int]], object]) -> None:
         return made
 
     c10d._new_process_group_helper = watched
+
+
+def watch_meshes(explain: Callable[[str], Exception]) -> None:
+    """Raise what `explain` makes of the error where a mesh is not of the job's size.
+
+    That is where it cannot be made, or where a rank that it leaves out asks for a group of it.
+    """
+    make, get_group = DeviceMesh.__init__, DeviceMesh.get_group
+
+    @functools.wraps(make)
+    def made(self: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        try:
+            make(self, *args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise explain(f"a mesh cannot be made: {error}") from error
+
+    @functools.wraps(get_group)
+    def got_group(self: DeviceMesh, *args: Any, **kwargs: Any) -> Any:
+        if self.get_coordinate() is None:
+            raise explain(f"a mesh of {self.mesh.numel()} ranks leaves out this one")
+        return get_group(self, *args, **kwargs)
+
+    DeviceMesh.__init__ = made
+    DeviceMesh.get_group = got_group
 
 
 def hook_states(ddp: DistributedDataParallel) -> list[Any]:

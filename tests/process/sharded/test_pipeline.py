@@ -56,13 +56,12 @@ def test_messages_of_a_scripts_own_survive_kills_of_both_ends(talks):
 def test_any_rank_of_any_stage_can_be_killed_at_any_point(stages, way, rank):
     """In forward and backward passes, before and within the reduction, in the optimizer."""
     points = (
-        "begin", "forward after=1", "backward after=2", "collective after=3", "reduced", "update",
-        "updated", "commit", "between",
+        "1 point=begin", "2 point=forward after=1", "3 point=backward after=2",
+        "4 point=collective after=3", "5 point=reduced", "6 point=update", "7 point=updated",
+        # Who takes over from the one before stands behind its commit.
+        "9 point=commit", "10 point=between",
     )  # fmt: skip
-    stages(
-        *way, *TWO_BY_TWO,
-        faults=[f"kill rank={rank} step={n + 1} point={p}" for n, p in enumerate(points)],
-    )  # fmt: skip
+    stages(*way, *TWO_BY_TWO, faults=[f"kill rank={rank} step={each}" for each in points])
 
 
 @pytest.mark.slow

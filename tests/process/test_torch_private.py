@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from trainonce.worker import torch_private
+from trainonce.worker.faults import FaultInjector
 
 
 class Recorder(dist.ProcessGroup):
@@ -271,6 +272,17 @@ def test_gradients_that_wait_in_fsdp2_for_their_reduction_are_seen(sharded):
     module.set_requires_gradient_sync(True)
     module(torch.randn(2, 4)).sum().backward()
     assert not torch_private.unreduced_gradients(module)
+
+
+def test_a_planned_fault_leaves_a_pass_without_gradients_alone(sharded):
+    module, _ = sharded
+    injector = FaultInjector(lambda _: None, lambda: 0, list)
+    injector.arm([{"index": 0, "action": "kill", "point": "backward", "step": 9}])
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        expected = module(x)
+        injector.watch([module])
+        assert torch.equal(module(x), expected)
 
 
 def test_the_part_in_which_the_stages_of_a_pipeline_get_ready_is_surrounded(alone):

@@ -199,6 +199,16 @@ def test_a_message_after_the_update_holds_back_the_commit_of_all(talks):
 
 
 @pytest.mark.slow
+def test_who_handed_messages_to_a_newcomer_can_die_before_they_are_received(talks):
+    """The successor of the one does not send what the other has, which has not asked for it yet."""
+    talks(
+        "all",
+        faults=["kill rank=1 step=3 point=collective after=6", "kill rank=0 step=3 point=donate",
+                "kill rank=1 step=7 point=collective after=9", "kill rank=0 step=7 point=donate"],
+    )  # fmt: skip
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "says"),
     [("unreceived", "messages of this step were sent and not received"),

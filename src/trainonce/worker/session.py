@@ -453,7 +453,8 @@ class Run:
             self._fabric.subgroups_elsewhere |= any(subgroups for _, subgroups, *_ in everywhere)
         check_replicas([replicas for *_, replicas in everywhere])
         for other in protected.replicas or range(self._world_size):
-            for different in set(layout).symmetric_difference(everywhere[other][0]):
+            # In order: the same mistake is to be known by the same words when it is met again.
+            for different in sorted(set(layout).symmetric_difference(everywhere[other][0])):
                 raise StateMismatchError(
                     f"ranks {self._promotion.rank} and {other} registered different state:"
                     f" {different}",

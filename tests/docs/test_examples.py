@@ -68,3 +68,14 @@ def test_the_gpt_example_runs_alone():
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [
         ["step", "1"], ["step", "2"], ["step", "3"], ["rank", "0"]
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_pipeline_example_gives_the_same_with_and_without_a_kill(environment):
+    script = str(ROOT / "examples/09_pipeline.py")
+    four = ("--nproc-per-node", "4", "--spares", "1")
+    clean = launch(environment, *four, script, "--steps", "10")
+    faulty = launch(environment, *four, "--chaos", "kill rank=3 step=6", script, "--steps", "10")
+    assert clean.stdout.count("digest") == 4, clean.stderr
+    assert "died of SIGKILL at step 6" in faulty.stderr
+    assert sorted(faulty.stdout.splitlines()) == sorted(clean.stdout.splitlines())

@@ -3,6 +3,7 @@
 When one of these fails on another torch, read `trainonce.worker.torch_private` first.
 """
 
+import contextlib
 import inspect
 
 import pytest
@@ -12,10 +13,12 @@ import torch.distributed.distributed_c10d as c10d
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, schedules
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from trainonce.worker import torch_private
+from trainonce.worker.faults import FaultInjector
 
 
 class Recorder(dist.ProcessGroup):
@@ -219,17 +222,21 @@ def test_gloo_takes_its_device_and_timeout_from_private_options():
 
 
 @pytest.fixture
-def sharded():
-    """A layer under FSDP2 on a mesh of one rank, and its optimizer."""
+def alone():
+    """A group of one rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
-        mesh = init_device_mesh("cpu", (1,))
-        fully_shard(module[0], mesh=mesh)
-        fully_shard(module, mesh=mesh)
-        yield module, torch.optim.AdamW(module.parameters())
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def sharded(alone):
+    """A layer under FSDP2 on a mesh of one rank, and its optimizer."""
+    module = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(module[0], mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module, torch.optim.AdamW(module.parameters())
 
 
 def test_the_local_part_of_a_dtensor_is_found_and_every_write_is_counted(sharded):
@@ -265,6 +272,60 @@ def test_gradients_that_wait_in_fsdp2_for_their_reduction_are_seen(sharded):
     module.set_requires_gradient_sync(True)
     module(torch.randn(2, 4)).sum().backward()
     assert not torch_private.unreduced_gradients(module)
+
+
+def test_a_planned_fault_leaves_a_pass_without_gradients_alone(sharded):
+    module, _ = sharded
+    injector = FaultInjector(lambda _: None, lambda: 0, list)
+    injector.arm([{"index": 0, "action": "kill", "point": "backward", "step": 9}])
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        expected = module(x)
+        injector.watch([module])
+        assert torch.equal(module(x), expected)
+
+
+def test_the_part_in_which_the_stages_of_a_pipeline_get_ready_is_surrounded(alone):
+    """Whether they do or not, in each mode; and they do so again where that is asked for."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    seen, anyway = [], [False]
+
+    @contextlib.contextmanager
+    def around(schedule, ready, stages):
+        seen.append((pipelines.name(schedule), torch_private.trains(schedule), ready))
+        assert [each.submod for each in stages] == [module]
+        assert not torch_private.is_traced(stages[0])
+        yield anyway[0]
+
+    pipelines = torch_private.PipelineRegistry(around)
+    base = schedules._PipelineSchedule
+    originals = base.__init__, base._initialize_pp_stages
+    assert torch_private.pipelines_unwatched()
+    try:
+        pipelines.watch()
+        pipelines.watch()
+        assert not torch_private.pipelines_unwatched()
+        stage = PipelineStage(module, 0, 1, torch.device("cpu"), group=dist.group.WORLD)
+        first, second = (
+            ScheduleGPipe(stage, 2, loss_fn=torch.nn.functional.mse_loss) for _ in range(2)
+        )
+        pipelines.closed = True
+        late = ScheduleGPipe(stage, 2)
+        names = [pipelines.name(each) for each in (first, second, late)]
+        assert names == ["ScheduleGPipe/2/0", "ScheduleGPipe/2/1", ""]
+        calls = [first.step, first.step, first.eval, first.eval, first.step]
+        for call in calls:
+            call(torch.randn(4, 2), target=torch.zeros(4, 2))
+        passes = [(True, False), (True, True), (False, False), (False, True), (True, False)]
+        assert seen == [(names[0], *each) for each in passes]
+        anyway[0] = True
+        forwards = []
+        module.register_forward_hook(lambda *_: forwards.append(1))
+        first.step(torch.randn(4, 2), target=torch.zeros(4, 2))
+        assert seen[-1] == (names[0], True, True)
+        assert len(forwards) == 1 + 2, "one pass to get ready, and one for each micro-batch"
+    finally:
+        base.__init__, base._initialize_pp_stages = originals
 
 
 def test_modules_below_a_compiled_one_are_left_out():

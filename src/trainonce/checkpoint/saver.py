@@ -86,9 +86,9 @@ class AsyncSaver:
             rank_payload: What this rank keeps to itself.
             state: Name to tensor; None on the ranks that do not commit. May change as soon
                 as this returns. Of a DTensor the local part is written.
-            part: On the other ranks: tensors that are split, or that this rank alone has.
+            part: On the other ranks: tensors that are split, or that this rank writes alone.
             tree: Small replicated state, encoded; on the other ranks what belongs to `part`.
-            split: Every rank has tensors that it alone has.
+            split: As for `Staging.write_replicated`.
             model_names: As for `Staging.write_replicated`.
             storage_dtypes: As for `Staging.write_replicated`.
             reason: Why now, for the ledger.

@@ -7,7 +7,7 @@
         manifest.json                      every other file, its size and checksum
         model.safetensors                  the model's tensors
         state.safetensors                  the other tensors
-        model-00003.safetensors …          where tensors are split, the parts of rank 3
+        model-00003.safetensors …          where state is split, what rank 3 alone writes
         tree-00003.bin …                   what rank 3 alone knows of its parts, encoded
         model.safetensors.index.json       which tensor is in which file
         tree.bin                           small replicated state, by wire.encoding
@@ -71,11 +71,15 @@ class Loaded:
         with files.explained("reading", path):
             return path.read_bytes() if rank < self.info.world_size else None
 
-    def part_trees(self) -> list[bytes]:
+    def part_trees(self) -> dict[int, bytes]:
         """Return what ranks wrote beside parts that only they know, in order of rank."""
-        names = [_part_tree(rank) for rank in range(self.info.world_size)]
+        names = {rank: _part_tree(rank) for rank in range(self.info.world_size)}
         with files.explained("reading", self.info.path):
-            return [(self.info.path / n).read_bytes() for n in names if n in self.info.files]
+            return {
+                rank: (self.info.path / name).read_bytes()
+                for rank, name in names.items()
+                if name in self.info.files
+            }
 
 
 class CheckpointStore:
@@ -293,7 +297,7 @@ class Staging:
                 own, which other tools can read.
             storage_dtypes: Name to a narrower dtype to store a floating-point tensor in. A
                 resume from such a checkpoint is not exact, and the manifest says so.
-            split: Other ranks write parts.
+            split: Other ranks write tensors too, with `write_part`.
 
         Raises:
             CheckpointError: It cannot be written.
@@ -314,14 +318,14 @@ class Staging:
         model_names: Collection[str] = (),
         storage_dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """Write this rank's parts of the state; called by others than the committing rank.
+        """Write what this rank alone writes; called by others than the committing rank.
 
         To be complete before `write_rank`, for which the committing rank waits.
 
         Args:
             rank: Who writes.
-            state: Name to DTensor, of which the local part is written; or to a tensor that only
-                this rank has.
+            state: Name to tensor, which no other rank writes; of a DTensor the local part is
+                written.
             tree: What only this rank knows beside them, encoded.
             model_names: As for `write_replicated`.
             storage_dtypes: As for `write_replicated`.

@@ -97,14 +97,14 @@ class SafetensorsWriter(HuggingFaceStorageWriter):
         return done
 
 
-def is_mine_to_write(tensor: torch.Tensor, rank: int) -> bool:
+def is_mine_to_write(tensor: torch.Tensor, rank: int, first: int = 0) -> bool:
     """Tell whether `rank` writes its part of `tensor`, of which others may hold copies.
 
-    One rank writes each part: rank 0 what is whole, and of what is split the rank that stands
-    first on every axis of the mesh that does not split it.
+    One rank writes each part: what is whole the `first` of those that hold it, and of what is
+    split the rank that stands first on every axis of the mesh that does not split it.
     """
     if not isinstance(tensor, DTensor):
-        return rank == 0
+        return rank == first
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None or (tensor.to_local().numel() == 0 and tensor.numel() > 0):
         return False
@@ -131,7 +131,7 @@ def write_tensors(
         tensors: By name.
         model_names: Names of the model's.
         part: Number of these files among those of one checkpoint.
-        split: There are other parts than this one.
+        split: There are other such files, also where no tensor is split.
 
     Raises:
         OSError: The file system refuses.

@@ -182,6 +182,7 @@ def run_job(
     chaos: str = "",
     launcher: Launcher = "trainonce",
     options: tuple[str, ...] = (),
+    job: str = "",
     home: Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 240.0,
@@ -198,6 +199,8 @@ def run_job(
         chaos: Fault plan, as `trainonce run --chaos` takes it.
         launcher: "trainonce"; or "torchrun" or "python", for comparisons.
         options: More options of the launcher.
+        job: Name of the job, for one that is asked about while it runs, or gone on with; one of
+            its own by default.
         home: TRAINONCE_HOME of the job; a new folder under the temporary one by default.
         env: Variables to add to the environment.
         timeout_s: After so long the job is killed, children included.
@@ -210,7 +213,7 @@ def run_job(
     home = home or Path(tempfile.mkdtemp(prefix="trainonce-test-"))
     records = home / "records"
     records.mkdir(parents=True, exist_ok=True)
-    job = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    job = job or f"test-{os.getpid()}-{time.monotonic_ns()}"
     command = _command(launcher, nproc_per_node, spares, chaos, job, options)
     command += [str(script), *map(str, args)]
     environment = {**os.environ, **_ENVIRONMENT, **(env or {})}

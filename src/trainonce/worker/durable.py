@@ -33,10 +33,13 @@ if TYPE_CHECKING:
     from trainonce.events import CheckpointSaved
     from trainonce.wire.messages import Message
     from trainonce.worker.runner import Runner
+    from trainonce.worker.state import Protected
 
 _POLL_EVERY_S = 0.5
 _FIRST_INTERVAL_S = 300.0
 _SHORTEST_INTERVAL_S = 30.0
+# Note in the manifest: not all ranks hold the same names, so names have a prefix.
+_PARTS = "parts"
 # Between failures that leave no living copy, which only a checkpoint recovers from.
 _MTBF_S = 24 * 3600.0
 
@@ -179,15 +182,17 @@ class Durable:
         runner = self._runner
         protected = runner.protected
         assert protected is not None
+        replicas = protected.replicas
+        owner, prefix = (0, "") if replicas is None else (replicas[0], _prefix(replicas[0]))
         own = protected.own_names()
         mine = {
-            name: tensor
+            prefix + name: tensor
             for name, tensor in protected.whole().items()
-            if name in own or is_mine_to_write(tensor, runner.rank)
+            if name in own or is_mine_to_write(tensor, runner.rank, owner)
         }
-        names = [name for name, _ in protected.parameters()]
+        names = [prefix + name for name, _ in protected.parameters()]
         first = runner.rank == 0
-        record = protected.describe_whole() if first else protected.describe_part()
+        record = protected.describe_whole() if runner.rank == owner else protected.describe_part()
         tree = json.dumps(record).encode() if record else b""
         dtype = self._settings.parameter_dtype
         try:
@@ -200,10 +205,11 @@ class Durable:
                 state=mine if first else None,
                 part=None if first else mine,
                 tree=tree,
-                split=protected.keeps_a_part,
+                split=replicas is not None or protected.keeps_a_part,
                 model_names=names,
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
                 reason=reason,
+                notes={} if replicas is None else {_PARTS: True},
             )
             if wait:
                 self._saver.wait()
@@ -243,17 +249,39 @@ class Durable:
         info = self._choose(store)
         if info is None or info.step <= beyond:
             return None
-        described = store.load(info, verify=False)
-        tree, parts = json.loads(described.tree), map(json.loads, described.part_trees())
-        loaded = store.load(info, protected.prepare_whole(tree, *parts), verify=False)
-        # A rank that the saved job did not have begins with rank 0's local state.
-        payload = loaded.rank_payload(runner.rank) or loaded.rank_payload(0)
-        if payload is None:
-            raise CheckpointError(f"{info.path} holds no local state of any rank")
+        if info.notes.get(_PARTS, False) != (protected.replicas is not None):
+            raise CheckpointError(
+                f"{info.path} was written {'with' if info.notes.get(_PARTS) else 'without'}"
+                " run.protect(..., replicas=...), and this script has it otherwise",
+                hint="resume with the script and the mesh that it was written with",
+            )
+        payload = self._load(store, info, protected)
         if runner.rank == 0:
             text = f"resumed from the checkpoint of step {info.step}"
             self._notify(Note(key=f"resumed-{info.step}", text=text))
         return info.step, payload
+
+    def _load(self, store: CheckpointStore, info: CheckpointInfo, protected: Protected) -> bytes:
+        """Load what this rank holds, whole or a part; return its local record."""
+        described = store.load(info, verify=False)
+        trees = {0: described.tree, **described.part_trees()}
+        holders, prefix = list(trees), ""
+        if protected.replicas is not None:
+            holders, prefix = list(protected.replicas), _prefix(protected.replicas[0])
+        if holders[0] not in trees:
+            raise CheckpointError(
+                f"{info.path} holds nothing of which rank {holders[0]} is the first holder",
+                hint="resume stages of a pipeline on the mesh that they were saved on",
+            )
+        records = [json.loads(trees[rank]) for rank in holders if rank in trees]
+        tensors = protected.prepare_whole(*records)
+        into = {prefix + name: tensor for name, tensor in tensors.items()}
+        loaded = store.load(info, into, verify=False)
+        # A rank that the saved job did not have begins with the first holder's local state.
+        payload = loaded.rank_payload(self._runner.rank) or loaded.rank_payload(holders[0])
+        if payload is None:
+            raise CheckpointError(f"{info.path} holds no local state of any rank")
+        return payload
 
     def _choose(self, store: CheckpointStore) -> CheckpointInfo | None:
         choice: list[Any] = [None]
@@ -269,3 +297,8 @@ class Durable:
         if choice[0] is None:
             return None
         return store.info(choice[0])
+
+
+def _prefix(owner: int) -> str:
+    """Return what tells apart names that several parts may have, by their first holder."""
+    return f"part{owner}."

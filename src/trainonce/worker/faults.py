@@ -69,13 +69,11 @@ class FaultInjector:
             return
         # FSDP2 computes with parameters of its own making: watch what a layer gives instead.
         layers = [each for each in visible_modules(module) if any(True for _ in each.parameters())]
-        layers[len(layers) // 2].register_forward_hook(
-            lambda _layer, _inputs, output: (
-                output.requires_grad
-                and output.register_hook(lambda _: self.at("backward"))
-                and None
-            )
-        )
+        layers[len(layers) // 2].register_forward_hook(self._watch_output)
+
+    def _watch_output(self, _layer: object, _inputs: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _: self.at("backward"))
 
     def at(self, point: str, commits: int | None = None) -> None:
         """Fire what is planned for this point, if anything.

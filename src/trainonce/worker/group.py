@@ -6,7 +6,8 @@
 A Python `torch.distributed.ProcessGroup`, registered as the backend "trainonce". It carries
 out each collective on an inner group that lives for one generation. Operations whose
 result differs by rank (gather, scatter, reduce-scatter, all-to-all) are carried out as ones
-whose result is the same everywhere, so that any survivor can serve it to a newcomer.
+whose result is the same everywhere, so that any survivor can serve it to a newcomer. A message
+from one rank to another is logged by its sender.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch.distributed as dist
 
 from trainonce.errors import CollectiveError
 from trainonce.worker import torch_private
-from trainonce.worker.oplog import Op
+from trainonce.worker.oplog import RECEIVE, SEND, Op
+from trainonce.worker.transfer import as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from trainonce.worker.fabric import Fabric
-    from trainonce.worker.oplog import GroupLog
+    from trainonce.worker.oplog import Channel, GroupLog
 
 BACKEND = "trainonce"
 
@@ -38,12 +40,14 @@ class OnceWork(dist._Work):
         self._waiting = waiting
         self.before_return: Callable[[], object] | None = None
         """What is left to do for a caller that waits; for one that takes the future, nothing is."""
+        self.fetch: Callable[[], object] = future.wait
+        """Waits for the result; of a message, by whom it is needed."""
 
     def wait(self, timeout: Any = None) -> bool:
         """Wait for the result. `timeout` is not applied: hangs are the controller's to judge."""
         if not self._future.done():
             self._waiting(True)
-            self._future.wait()
+            self.fetch()
             self._waiting(False)
         if self.before_return is not None:
             self.before_return()
@@ -160,7 +164,7 @@ class OnceGroup(dist.ProcessGroup):
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
             inner_opts = dist.BroadcastOptions()
             # A newcomer at rank 0 has no order of its own to give.
-            inner_opts.rootRank = self._fabric.order_root if from_ddp else root
+            inner_opts.rootRank = self._fabric.order_root(self._log) if from_ddp else root
             return _on_copy(self._take(tensor), lambda copy: inner.pg.broadcast(copy, inner_opts))
 
         return self._submit(
@@ -314,14 +318,65 @@ class OnceGroup(dist.ProcessGroup):
     all_gather_single_coalesced: Any = allgather_into_tensor_coalesced
     reduce_scatter_single_coalesced: Any = reduce_scatter_tensor_coalesced
 
+    # ------------------------------------------------------------------ messages
+
     def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> OnceWork:
-        raise _no_p2p("send")
+        """Complete at once: what is sent is copied to the log."""
+        (tensor,) = tensors
+        _check_dense(tensor)
+        if self._emulate(SEND, tensors):
+            return self._done(tensors)
+        channel = self._channel(self._current_rank(), rank, tag)
+        message = self._take(as_bytes(tensor))
+
+        def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
+            return inner.pg.send([message], rank, channel.tag), [message]
+
+        future = _future_of(tensors)
+        signature = channel.signature(message.numel())
+        op = Op(SEND, signature, launch, lambda _: None, tensors, future, buffers=[message])
+        self._fabric.submit(channel, op)
+        return OnceWork(future, self._waiting)
 
     def recv(self, tensors: list[torch.Tensor], rank: int, tag: int) -> OnceWork:
-        raise _no_p2p("recv")
+        (tensor,) = tensors
+        _check_dense(tensor)
+        if self._emulate(RECEIVE, tensors):
+            tensor.data.zero_()
+            return self._done(tensors)
+        channel = self._channel(rank, self._current_rank(), tag)
+        like = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8, device="meta")
+        future = _future_of(tensors)
+
+        def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
+            with self._fabric.lock:
+                message = self._fabric.pool.take(like)
+            return inner.pg.recv([message], rank, channel.tag), [message]
+
+        def deliver(result: list[torch.Tensor]) -> None:
+            if result[0].numel() != like.numel():
+                raise _other_size(result[0].numel(), like.numel(), rank)
+            _copy(tensor, result[0].view(tensor.dtype).view(tensor.shape))
+
+        op = Op(RECEIVE, channel.signature(like.numel()), launch, deliver, tensors, future)
+        self._fabric.submit(channel, op)
+        work = OnceWork(future, self._waiting)
+        work.fetch = lambda: self._fabric.wait(channel, op)
+        return work
 
     def recv_anysource(self, tensors: list[torch.Tensor], tag: int) -> OnceWork:
-        raise _no_p2p("recv")
+        raise CollectiveError(
+            "dist.recv without a source takes whatever comes first, which differs from one"
+            " execution to the next",
+            hint="name the source: dist.recv(tensor, src=...)",
+        )
+
+    def _channel(self, source: int, target: int, tag: int) -> Channel:
+        if source == target:
+            raise CollectiveError(
+                f"rank {source} of the group sends to itself", hint="keep the tensor"
+            )
+        return self._fabric.channel(self._log, source, target, tag)
 
     # ------------------------------------------------------------------ plumbing
 
@@ -384,8 +439,7 @@ class OnceGroup(dist.ProcessGroup):
         value: list[Any],
         kept: list[torch.Tensor] | None = None,
     ) -> OnceWork:
-        devices = sorted({t.device.index for t in value if _is_cuda(t)})
-        future: torch.futures.Future[Any] = torch.futures.Future(devices=devices or None)
+        future = _future_of(value)
         op = Op(kind, signature, launch, deliver, value, future, kept=kept or [])
         self._fabric.submit(self._log, op)
         return OnceWork(future, self._waiting)
@@ -431,6 +485,12 @@ def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
         torch.cuda.current_stream(target.device).synchronize()
 
 
+def _future_of(value: list[Any]) -> torch.futures.Future[Any]:
+    """Return a future that can resolve to `value`."""
+    devices = sorted({t.device.index for t in value if _is_cuda(t)})
+    return torch.futures.Future(devices=devices or None)
+
+
 def _is_cuda(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_cuda
 
@@ -443,8 +503,9 @@ def _check_dense(tensor: torch.Tensor) -> None:
         )
 
 
-def _no_p2p(name: str) -> CollectiveError:
+def _other_size(sent: int, wanted: int, source: int) -> CollectiveError:
     return CollectiveError(
-        f"dist.{name} is not supported inside a job that survives failures",
-        hint="use broadcast or all_gather, or run this script under torchrun",
+        f"a message of {sent} bytes came from rank {source} of the group, into a tensor of"
+        f" {wanted} bytes",
+        hint="receive into a tensor as large as the one that is sent",
     )

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import base64
 import threading
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainonce.errors import RecoveryError, StateMismatchError, TrainOnceError
+from trainonce.errors import (
+    CollectiveError,
+    ConfigError,
+    RecoveryError,
+    StateMismatchError,
+    TrainOnceError,
+)
 from trainonce.wire import encoding
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
 from trainonce.worker.fabric import Superseded
-from trainonce.worker.oplog import SETUP, UNSHARED, bucket_order_interval
+from trainonce.worker.oplog import (
+    RECEIVE,
+    SEND,
+    SETUP,
+    STAGES,
+    UNSHARED,
+    Channel,
+    bucket_order_interval,
+)
 from trainonce.worker.shadow import fill
 from trainonce.worker.shards import stripe
 from trainonce.worker.spare import call_with_batch
@@ -28,7 +43,7 @@ from trainonce.worker.transfer import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
     from torch.nn.parallel import DistributedDataParallel
@@ -63,10 +78,14 @@ class Handover:
         self._fabric = fabric
         self._device = device
         self._ddps = torch_private.DdpRegistry()
+        self.pipelines = torch_private.PipelineRegistry(self._preparing_stages)
         self._ordering: int | None = None
         self._trained: dict[int, int] = {}
         self._young: dict[int, int] = {}
         self._used_maps: list[int] = []
+        # DDPs that have settled the order of their buckets, here and in the predecessor.
+        self._ordered: set[int] = set()
+        self._ordered_before: set[int] = set()
         self._restorable = threading.Event()
         self._formed = threading.Event()
         self._job_commits = threading.Event()
@@ -111,6 +130,9 @@ class Handover:
             return True
         if self._used_maps and self._is_used_map(kind, tensors):
             return True
+        if self._fabric.stages_late and kind not in (SEND, RECEIVE):
+            # Only shapes matter there; but a DDP may be about to settle its buckets.
+            return not self.orders_buckets()
         if self._fabric.interval != SETUP:
             again, self._recalled = self._runner.recall()
             return again and self._recalled is None
@@ -134,7 +156,65 @@ class Handover:
         self._used_maps.remove(tensors[0].numel())
         return True
 
-    def before_submit(self, group: GroupLog, op: Op) -> int | None:
+    def passes(self) -> dict[str, Any]:
+        """Return what a successor of this rank must know of its DDPs and pipelines."""
+        return {"ordered": sorted(self._ordered), "pipelines": copy_tree(self.pipelines.turns)}
+
+    @contextmanager
+    def _preparing_stages(self, schedule: Any, ready: bool, stages: list[Any]) -> Generator[bool]:
+        """Surround the part in which a pipeline's stages tell each other their shapes.
+
+        They do so when a schedule is first used, and whenever it changes between training and
+        evaluation. For a process that took a rank over it is the predecessor's changes that
+        count, so that it does what the others do in the same step. Beyond that its stages have to
+        get ready once by themselves: served what the others said, with no trace left.
+
+        Yields:
+            Whether they get ready although they are.
+        """
+        fabric, pipelines = self._fabric, self.pipelines
+        if self._runner.rehearsing:
+            yield False
+            return
+        name, trains = pipelines.name(schedule), torch_private.trains(schedule)
+        if not name:
+            raise ConfigError(
+                f"a {type(schedule).__name__} of torch.distributed.pipelining was made after the"
+                " first step began",
+                hint="make schedules before run.protect, so that every process knows them alike",
+            )
+        turn, trained = pipelines.turns.get(name, (0, None))
+        with_others = trains != trained
+        if ready and not with_others:
+            yield False
+            return
+        if with_others:
+            turn += 1
+            pipelines.turns[name] = [turn, trains]
+        if turn > 1 and any(map(torch_private.is_traced, stages)):
+            raise CollectiveError(
+                "a schedule of traced stages changes between training and evaluation",
+                hint="build stages with PipelineStage, or evaluate with a schedule of their own",
+            )
+        if fabric.interval == SETUP:
+            yield True
+            return
+        fabric.begin_stages(name, turn, late=not with_others)
+        buffers = [buffer for stage in stages for buffer in stage.submod.buffers()]
+        copies = [] if with_others else [buffer.clone() for buffer in buffers]
+        try:
+            with ExitStack() as stack:
+                if not with_others:
+                    # A DDP that sees this pass would reduce in the next backward pass.
+                    for _, ddp in self._ddps.living():
+                        stack.enter_context(ddp.no_sync())
+                yield True
+        finally:
+            fabric.end_stages()
+            for buffer, copy in zip(buffers, copies, strict=False):
+                buffer.data.copy_(copy)
+
+    def before_submit(self, log: GroupLog | Channel, op: Op) -> int | None:
         """Place an operation, and let the step prepare for it."""
         if self._ordering is not None:
             return bucket_order_interval(self._ordering)
@@ -146,11 +226,30 @@ class Handover:
         if op.kind == "broadcast" and op.signature.startswith("broadcast(int32"):
             ddp = torch_private.rebuilding_ddp()
             if ddp is not None:
-                return bucket_order_interval(self._ddps.ordinal(ddp))
+                ordinal = self._ddps.ordinal(ddp)
+                self._ordered.add(ordinal)
+                return bucket_order_interval(ordinal)
+        if isinstance(log, Channel):
+            self._check_messages()
         if not self._runner.inside:
             self._runner.collective_between(op)
-        self._runner.before_operation(spans_world=group.spans_world)
-        return None
+        self._runner.before_operation(spans_world=log.spans_world)
+        return STAGES if isinstance(log, Channel) and log.stages else None
+
+    def _check_messages(self) -> None:
+        """Refuse what the other ranks could not reckon with, or what cannot be told apart."""
+        if not self._runner.expects_messages():
+            raise CollectiveError(
+                "a message is sent or received in a later execution of a step, and none was in"
+                " an earlier one",
+                hint="the first execution tells all ranks of it: do so there too, or make a"
+                " group of some ranks before run.protect (dist.new_group, init_device_mesh)",
+            )
+        if self._runner.executing and torch_private.pipelines_unwatched():
+            raise CollectiveError(
+                "torch.distributed.pipelining was imported inside a step",
+                hint="import it at the top of the script",
+            )
 
     def orders_buckets(self) -> bool:
         """Tell whether a DDP is settling the order of its buckets on this thread."""
@@ -307,10 +406,18 @@ class Handover:
         runner.begin_at(commits, started_at=record["started_at"])
         runner.means.expect(record["reduces_means"], commits)
         runner.profiles.load(record["profiles"])
+        self._ordered_before = set(runner.local.passes_before.get("ordered", ()))
+        self.take_turns()
         self.watch_passes(dict(record["trained"]))
         if runner.durable is not None and record["poll"] is not None:
             runner.durable.restore(record["poll"])
         runner.restored()
+
+    def take_turns(self) -> None:
+        """Count on from where the predecessor's pipelines were at the last commit."""
+        turns = self._runner.local.passes_before.get("pipelines")
+        if turns is not None:
+            self.pipelines.turns = copy_tree(turns)
 
     def _take_shards(self, plan: Plan) -> None:
         runner = self._runner
@@ -365,7 +472,10 @@ class Handover:
             first_pass_missed = ddp.static_graph and trained > 0 and not rehearsed
             if first_pass_missed:
                 self._used_maps.append(sum(p.requires_grad for p in ddp.parameters()))
-            if self._fabric.knows(bucket_order_interval(ordinal)):
+            # An order that was settled within the step in flight is asked for in that step.
+            known = self._fabric.knows(bucket_order_interval(ordinal))
+            if known and ordinal in self._ordered_before:
+                self._ordered.add(ordinal)
                 self._ordering = ordinal
                 try:
                     torch_private.rebuild_buckets(ddp)

@@ -77,16 +77,22 @@ class InnerGroup:
         self._pg = gloo(scoped, self.rank, self.size, options)
         self._links = _socket_links() - self._before
 
-    def abort(self) -> None:
-        """End the group now: whatever waits in it fails. Safe to call at any time, twice."""
+    def abort(self, works: list[Any] | None = None) -> None:
+        """End the group now: whatever waits in it fails. Safe to call at any time, twice.
+
+        Args:
+            works: What it was doing and nobody waits for, to be let go of with it; emptied.
+        """
         links = self._links or _socket_links() - self._before
         for fd, link in links:
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{fd}") == link:
                     _shut_down(fd)
         # The destructor joins gloo's threads, about 10 ms: no reference may stay in this frame.
-        references = [self._pg, self._store]
+        references = [self._pg, self._store, *(works or ())]
         self._pg = self._store = None
+        if works:
+            works.clear()
         threading.Thread(target=_drop, args=(references,), daemon=True).start()
 
     def send(self, data: torch.Tensor, rank: int, tag: int) -> None:

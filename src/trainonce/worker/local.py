@@ -77,6 +77,10 @@ class LocalState:
         self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
         self.variables = Variables()
         self._variables = b""
+        self.passes: Callable[[], dict[str, Any]] = dict
+        """Returns what DDPs and pipelines of this process have settled, as plain values."""
+        self.passes_before: dict[str, Any] = {}
+        """What those of the predecessor had, at its last commit."""
 
     # ------------------------------------------------------------------ publishing
 
@@ -149,6 +153,7 @@ class LocalState:
             "buffers": protected.local_buffers() if protected.has_buffers else {},
             "hooks": protected.hooks.read(),
             "loops": self._loops.record(),
+            "passes": self.passes(),
             "means": [mean.local for mean in means],
             "samples": self._progress["samples"],
             "tokens": self._progress["tokens"],
@@ -248,6 +253,7 @@ class LocalState:
         if record.get("hooks"):  # checkpoints of before have none
             protected.hooks.load(record["hooks"])
         self._loops.restore(record["loops"])
+        self.passes_before = record.get("passes", {})
         self._progress["samples"] = record["samples"]
         self._progress["tokens"] = record["tokens"]
         self.payload, self._payload_commits = payload, commits

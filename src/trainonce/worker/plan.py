@@ -25,6 +25,7 @@ class RankReport:
         donor: It can give the state as of `commits`, complete and unchanged.
         original: It has been there from the beginning, so its DDPs know their bucket order.
         groups: Group key to the global ranks of its members.
+        channels: Channel key to the global ranks of its source and its target.
         ops: Name of each operation it knows to (signature, what it can give of it: `Known`).
         shards: Shard key of each rank, as settled at `protect`; empty where nothing is split,
             and in newcomers.
@@ -32,6 +33,8 @@ class RankReport:
             shadow.
         dropped: Results that a newcomer would ask for are no longer kept anywhere: there were too
             many operations outside of steps.
+        since: Committed steps with which this process began: what came before, it has no log of.
+        messages: It was agreed that there are messages between single ranks.
     """
 
     fresh: bool
@@ -39,10 +42,13 @@ class RankReport:
     donor: bool
     original: bool = True
     groups: dict[str, list[int]] = field(default_factory=lambda: {})
+    channels: dict[str, list[int]] = field(default_factory=lambda: {})
     ops: dict[OpName, tuple[str, int]] = field(default_factory=lambda: {})
     shards: list[str] = field(default_factory=lambda: [])
     shadows: list[int] = field(default_factory=lambda: [])
     dropped: bool = False
+    since: int = 0
+    messages: bool = False
 
     def to_record(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""
@@ -52,10 +58,13 @@ class RankReport:
             "donor": self.donor,
             "original": self.original,
             "groups": self.groups,
+            "channels": self.channels,
             "ops": [[*name, *value] for name, value in self.ops.items()],
             "shards": self.shards,
             "shadows": self.shadows,
             "dropped": self.dropped,
+            "since": self.since,
+            "messages": self.messages,
         }
 
     @classmethod
@@ -65,17 +74,8 @@ class RankReport:
             (str(group), int(interval), int(seq)): (str(signature), int(known))
             for group, interval, seq, signature, known in record["ops"]
         }
-        return cls(
-            fresh=record["fresh"],
-            commits=record["commits"],
-            donor=record["donor"],
-            original=record["original"],
-            groups=record["groups"],
-            ops=ops,
-            shards=record["shards"],
-            shadows=record["shadows"],
-            dropped=record["dropped"],
-        )
+        fields: dict[str, Any] = {**record, "ops": ops}
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,9 @@ class Plan:
         results: Logged results to hand over, in this order.
         again: Operations that those who have a result issue once more, from the inputs that they
             kept, for those who have none.
-        order_root: Rank whose bucket order holds, where none was settled yet.
+        taken: Messages that their targets have, and that their sources need not send again.
+        order_ranks: All ranks; the first of a group's is whose bucket order holds, where none
+            was settled yet.
     """
 
     commits: int
@@ -126,7 +128,8 @@ class Plan:
     restores: dict[int, int] = field(default_factory=lambda: {})
     results: tuple[ResultTransfer, ...]
     again: tuple[OpName, ...] = ()
-    order_root: int
+    taken: tuple[OpName, ...] = ()
+    order_ranks: tuple[int, ...]
 
     def num_recomputed(self, rank: int) -> int:
         """Return how many shares of a step a newcomer computes again."""
@@ -168,7 +171,7 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
             if not restores:
                 raise
     starts = {rank: restores.get(rank, commits) for rank in range(len(reports))}
-    results, again = _plan_results(reports, starts, served)
+    results, again, taken = _plan_results(reports, starts, served)
     return Plan(
         commits=commits,
         donations=donations,
@@ -177,7 +180,10 @@ def plan_recovery(reports: list[RankReport]) -> Plan:
         catch_up=catch_up,
         results=results,
         again=again,
-        order_root=next((r for r in survivors if reports[r].original), survivors[0]),
+        taken=taken,
+        order_ranks=tuple(
+            sorted(range(len(reports)), key=lambda r: (reports[r].fresh, not reports[r].original))
+        ),
     )
 
 
@@ -220,11 +226,13 @@ def _plan_donations(
 def _plan_restores(reports: list[RankReport], commits: int) -> dict[int, int]:
     """Return the newcomers and the committed steps of the shadows that they all go on from.
 
-    The same for all: what one executes again may need another's share of the same step.
+    The same for all: what one executes again may need another's share of the same step. And a
+    step of which a survivor has no log, having begun after it, cannot be executed again.
     """
     fresh = [rank for rank, report in enumerate(reports) if report.fresh]
+    begun = max(report.since for report in reports if not report.fresh)
     for start in (commits, commits - 1):
-        if all(start in reports[rank].shadows for rank in fresh):
+        if start >= begun and all(start in reports[rank].shadows for rank in fresh):
             return dict.fromkeys(fresh, start)
     return {}
 
@@ -244,13 +252,15 @@ def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryErr
 
 def _plan_results(
     reports: list[RankReport], starts: dict[int, int], served: list[int]
-) -> tuple[tuple[ResultTransfer, ...], tuple[OpName, ...]]:
+) -> tuple[tuple[ResultTransfer, ...], tuple[OpName, ...], tuple[OpName, ...]]:
     groups: dict[str, list[int]] = {}
     known: dict[OpName, tuple[str, int]] = {}
     holders: dict[OpName, list[int]] = {}
     inputs: dict[OpName, list[int]] = {}
+    arrived: dict[OpName, list[int]] = {}
     for rank, report in enumerate(reports):
         groups.update(report.groups)
+        groups.update(report.channels)
         for name, (signature, can_give) in report.ops.items():
             first = known.setdefault(name, (signature, rank))
             if first[0] != signature:
@@ -263,18 +273,23 @@ def _plan_results(
                 holders.setdefault(name, []).append(rank)
             elif can_give == Known.INPUT:
                 inputs.setdefault(name, []).append(rank)
+            elif can_give == Known.TAKEN:
+                arrived.setdefault(name, []).append(rank)
     transfers: list[ResultTransfer] = []
     again: list[OpName] = []
-    for name in sorted(holders.keys() | inputs.keys()):
+    taken: list[OpName] = []
+    for name in sorted(holders.keys() | inputs.keys() | arrived.keys()):
         group, interval, _ = name
-        have = [*holders.get(name, ()), *inputs.get(name, ())]
+        have = [*holders.get(name, ()), *inputs.get(name, ()), *arrived.get(name, ())]
         targets = tuple(
             rank
             for rank in groups[group]
             if rank in served and rank not in have and _wants(reports[rank], interval, starts[rank])
         )
-        if targets and name not in holders:
+        if targets and name in inputs and name not in holders:
             again.append(name)
+        elif targets and name not in holders:
+            taken.append(name)
         elif targets:
             transfers.append(
                 ResultTransfer(
@@ -284,7 +299,7 @@ def _plan_results(
                     targets=targets,
                 )
             )
-    return tuple(transfers), tuple(again)
+    return tuple(transfers), tuple(again), tuple(taken)
 
 
 def _wants(report: RankReport, interval: int, start: int) -> bool:

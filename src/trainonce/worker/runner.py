@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from trainonce.errors import ConfigError, StepError
+from trainonce.errors import CollectiveError, ConfigError, StepError
 from trainonce.events import ValueLost
 from trainonce.wire.messages import Drained, Note, Ready, Report
 from trainonce.wire.progress import Phase
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Image, Protected
     from trainonce.worker.step import Step
+    from trainonce.worker.torch_private import PipelineRegistry
 
 # Ranks that keep a copy of the state from before an update, where a step needs one.
 _HOLDERS = (0, 1)
@@ -125,6 +126,7 @@ class Runner:
         self.started_at = 0
         self.drain_requested = threading.Event()
         self.prepare: Callable[[], None] = lambda: None
+        self.pipelines: PipelineRegistry | None = None
         self.on_commit: Callable[[], None] = lambda: None
         self._entered = False
         self.profiles = StepProfiles()
@@ -135,6 +137,7 @@ class Runner:
         self.after_commit: list[Callable[[], object]] = []
         self._tokens = 0
         self._flops = 0
+        self._meeting = False
 
     @property
     def rank(self) -> int:
@@ -170,12 +173,26 @@ class Runner:
         if self.fabric is not None:
             self.fabric.keeps_step = self.shadow.every > 0
 
-    @property
-    def _completes_together(self) -> bool:
+    def _completes_together(self, execution: Execution) -> bool:
         """Whether a step's update waits until all ranks have all they need of the step."""
         if self.fabric is None or self.world_size == 1:
             return False
-        return self.fabric.has_subgroups or self.shadow.every > 0
+        # The first execution tells all ranks whether there are messages between some of them.
+        return self._always_together or execution.profile.kind is UpdateKind.UNKNOWN
+
+    @property
+    def _always_together(self) -> bool:
+        fabric = self.fabric
+        assert fabric is not None
+        return fabric.has_subgroups or fabric.messages or self.shadow.every > 0
+
+    def expects_messages(self) -> bool:
+        """Tell whether the other ranks reckon with messages between some of them now."""
+        if self.fabric is None or self._always_together:
+            return True
+        if self.execution is None:
+            return self.commits == self.started_at
+        return self.execution.profile.kind is UpdateKind.UNKNOWN
 
     def restored(self) -> None:
         """Take note that all state is that of the last commit, and copy it if nobody has."""
@@ -205,6 +222,9 @@ class Runner:
             )
         self._entered = self.inside = True
         try:
+            if self.pipelines is not None:
+                self.pipelines.watch()
+                self.pipelines.closed = True
             self.prepare()
         finally:
             self.inside = False
@@ -268,7 +288,7 @@ class Runner:
         execution.waited_before_ns = self._waited_ns
         self.execution = execution
         if self.fabric is not None:
-            self.fabric.early = self._completes_together
+            self.fabric.early = self.world_size > 1 and self._always_together
         self.progress["section_mono_ns"] = execution.begun_mono_ns
         self.progress["section"] += 1
         self._set_phase(Phase.COMPUTING)
@@ -277,10 +297,11 @@ class Runner:
     def before_operation(self, *, spans_world: bool) -> None:
         """A collective of the open step is about to be issued."""
         execution, fabric, protected = self.execution, self.fabric, self.protected
-        if execution is None or fabric is None or protected is None:
+        if execution is None or fabric is None or protected is None or self._meeting:
             return
         if execution.stepped:
             execution.kind = max(execution.kind, UpdateKind.LATE)
+            execution.meets_again |= spans_world
         else:
             spent_ns = time.monotonic_ns() - execution.begun_mono_ns
             execution.busy_ns = spent_ns - (self._waited_ns - execution.waited_before_ns)
@@ -337,18 +358,21 @@ class Runner:
         self.injector.at("reduced")
         if not execution.stepped:
             self.shadow.wait()
-            if self.fabric is not None and self._completes_together:
+            kind = execution.profile.kind
+            if self.fabric is not None and self._completes_together(execution):
                 # No rank may commit while another still needs an operation of this step.
                 self.fabric.drain_pending()
                 self.fabric.early = False
-                self.barrier()
-            if execution.profile.kind is UpdateKind.PLAIN:
+                self._meet(execution, last=False)
+                if execution.meets_again:
+                    kind = max(kind, UpdateKind.LATE)
+            if kind is UpdateKind.PLAIN:
                 self._publish_together(execution)
                 if self.fabric is not None:
                     # What is in flight may need a recovery to complete, and that the gate.
                     self.fabric.drain_pending()
                 self.gate.begin_update()
-            elif execution.profile.kind is UpdateKind.LATE and self._holds_copies():
+            elif kind is UpdateKind.LATE and self._holds_copies():
                 self.image = self.protected.image()
             execution.stepped = True
             self._set_phase(Phase.UPDATING)
@@ -366,9 +390,11 @@ class Runner:
             return value
         if self.fabric is not None and self.world_size > 1:
             # Bounds how far ranks drift apart, and lets the log of the step before go.
-            early = execution.stepped and execution.kind is UpdateKind.PLAIN
             self.shadow.wait()
-            if (self._completes_together and not early) or not self.fabric.spanned():
+            if self._completes_together(execution):
+                while not execution.agreed or execution.meets_again:
+                    self._meet(execution, last=True)
+            elif not self.fabric.spanned():
                 self.barrier()
             self._publish_together(execution)
         self.gate.begin_update()
@@ -383,6 +409,42 @@ class Runner:
         self.injector.at("commit")
         self._after_commit()
         return value
+
+    def _meet(self, execution: Execution, *, last: bool) -> None:
+        """Wait for every rank, and learn what the others know of this step.
+
+        Whether they meet once more before the commit is the same for all: if what precedes
+        the update is not all there is, or if something that was sent was not received yet.
+
+        Args:
+            execution: The step.
+            last: This rank has nothing more to issue in it.
+
+        Raises:
+            CollectiveError: Something that was sent in this step was not received in it.
+        """
+        fabric = self.fabric
+        assert fabric is not None
+        self._publish_ahead(execution)
+        late = not last and execution.profile.kind >= UpdateKind.LATE
+        votes = [fabric.balance(), int(not last), int(late), int(fabric.has_channels)]
+        sums = torch.tensor(votes, dtype=torch.int64)
+        self._meeting = fabric.settling = True
+        try:
+            dist.all_reduce(sums)
+        finally:
+            self._meeting = fabric.settling = False
+        balance, more, late, messages = sums.tolist()
+        fabric.messages |= messages > 0
+        again = late > 0 or (balance != 0 and more > 0)
+        if balance != 0 and not again:
+            raise CollectiveError(
+                "messages of this step were sent and not received, or the reverse; rank"
+                f" {self.rank} has {fabric.describe_messages()}",
+                hint="receive a message in the step in which it is sent",
+            )
+        execution.meets_again = again
+        execution.agreed = True
 
     def _commits_now(self, execution: Execution) -> bool:
         """Gradients that stay local make a step join the next one that applies them."""

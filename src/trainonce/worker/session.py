@@ -31,7 +31,7 @@ from trainonce.worker.observe import LightProfile, LoaderAdvice
 from trainonce.worker.peaks import peak_flops
 from trainonce.worker.runner import Runner, leave
 from trainonce.worker.shadow import check_redundancy
-from trainonce.worker.shards import describe_copies
+from trainonce.worker.shards import check_replicas, describe_copies, ranks_of
 from trainonce.worker.spare import Promotion
 from trainonce.worker.state import Protected
 from trainonce.worker.step import Step
@@ -39,6 +39,7 @@ from trainonce.worker.step import Step
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.utils.data import Dataset
 
     from trainonce.wire.messages import Checkpoint, Committed, Generation
@@ -98,6 +99,8 @@ class Run:
             self._fabric.host = self._handover
             self._runner.prepare = self._prepare
             self._runner.describe = self._handover.describe_later
+            self._runner.pipelines = self._handover.pipelines
+            self._runner.local.passes = self._handover.passes
             job = settings.JOB.get() or "job"
             self._runner.durable = Durable(
                 self._runner,
@@ -144,13 +147,21 @@ class Run:
     # ------------------------------------------------------------------ what the script says
 
     def protect(
-        self, *, verify_replicas_every: int = 0, shadow_every: int | None = None, **objects: Any
+        self,
+        *,
+        replicas: DeviceMesh | dist.ProcessGroup | None = None,
+        verify_replicas_every: int = 0,
+        shadow_every: int | None = None,
+        **objects: Any,
     ) -> None:
         """Register what must survive. Call it once, after everything is built.
 
-        Collective: every rank must register the same.
+        Collective: every rank must register the same, or, with `replicas`, the same as those.
 
         Args:
+            replicas: The ranks that hold the same state as this one, or parts of the same
+                DTensors, where not all ranks do: those of its stage of a pipeline, that is,
+                the axes of the mesh other than the pipeline's. None: all ranks.
             verify_replicas_every: Compare the replicated state of all ranks every so many
                 steps, against silent data corruption: what differs from the majority is
                 named, repaired and put in the ledger; with two ranks it is reported. 0: never.
@@ -162,7 +173,8 @@ class Run:
                 and dicts of these.
 
         Raises:
-            ConfigError: Called twice, or with something that cannot be protected.
+            ConfigError: Called twice, or with something that cannot be protected, or ranks do
+                not agree about who holds the same.
             StateMismatchError: Ranks registered different things; names the first.
         """
         if self._runner.protected is not None:
@@ -171,6 +183,8 @@ class Run:
             )
         loaders = {name: value for name, value in objects.items() if _is_source(value)}
         protected = Protected({k: v for k, v in objects.items() if k not in loaders})
+        if replicas is not None:
+            protected.replicas = ranks_of(replicas, protected.parameters())
         self._runner.protect(protected)
         self._runner.verify_every = verify_replicas_every
         for loader in loaders.values():
@@ -308,10 +322,22 @@ class Run:
             world_size=self._world_size,
         )
         torch_private.watch_new_groups(self._note_group)
+        torch_private.watch_meshes(self._explain_mesh)
+        assert self._runner.pipelines is not None
+        self._runner.pipelines.watch()
         self._runner.progress["phase"] = Phase.SETUP
+
+    def _explain_mesh(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"{what} (the job has {self._world_size} ranks)",
+            hint=f"make the sizes of its axes multiply to {self._world_size}, or give"
+            " --nproc-per-node their product",
+        )
 
     def _note_group(self, ranks: Sequence[int]) -> None:
         assert self._fabric is not None
+        assert self._runner.pipelines is not None
+        self._runner.pipelines.watch()  # in case that it was imported meanwhile
         if ranks and len(ranks) < self._world_size:
             # Steps complete together from here on, on all ranks alike.
             self._fabric.subgroups_elsewhere = True
@@ -365,6 +391,7 @@ class Run:
         assert self._generation is not None
         assert self._runner.protected is not None
         commits, source = self._resume(self._generation.resume)
+        self._handover.take_turns()
         self._handover.watch_passes({})
         self._runner.begin_at(commits, started_at=commits)
         if self._runner.durable is not None:
@@ -421,21 +448,25 @@ class Run:
             handover.private = True
         try:
             subgroups = self._fabric is not None and self._fabric.has_subgroups
-            mine = (layout, subgroups, protected.shard_key(self._promotion.rank))
-            dist.all_gather_object(everywhere, mine)
+            key = protected.shard_key(self._promotion.rank)
+            dist.all_gather_object(everywhere, (layout, subgroups, key, protected.replicas))
         finally:
             if handover is not None:
                 handover.private = False
         if self._fabric is not None:
-            self._fabric.subgroups_elsewhere |= any(subgroups for _, subgroups, _ in everywhere)
-        for other, (theirs, _, _) in enumerate(everywhere):
-            for different in set(layout).symmetric_difference(theirs):
+            self._fabric.subgroups_elsewhere |= any(subgroups for _, subgroups, *_ in everywhere)
+        check_replicas([replicas for *_, replicas in everywhere])
+        for other in protected.replicas or range(self._world_size):
+            # In order: the same mistake is to be known by the same words when it is met again.
+            for different in sorted(set(layout).symmetric_difference(everywhere[other][0])):
                 raise StateMismatchError(
                     f"ranks {self._promotion.rank} and {other} registered different state:"
                     f" {different}",
-                    hint="build the same model and optimizer on every rank before run.protect",
+                    hint="build the same model and optimizer on every rank before run.protect; of"
+                    " a pipeline's stages, say which ranks hold the same:"
+                    ' run.protect(..., replicas=mesh["replicate"])',
                 )
-        self._settle_copies([key for _, _, key in everywhere])
+        self._settle_copies([key for _, _, key, _ in everywhere])
 
     def _settle_copies(self, table: list[str]) -> None:
         """Take note which ranks hold the same; keep shadows where that is nobody else."""

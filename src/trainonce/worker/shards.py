@@ -2,8 +2,9 @@
 
 A DTensor says how it is split: its placement on each axis of its mesh, and where this rank
 stands on it. Ranks whose tensors are split alike and who stand at the same place on every
-axis that splits hold the same bytes: one can be rebuilt from the others. That identity is the
-*shard key*; it is empty where nothing is split.
+axis that splits hold the same bytes: one can be rebuilt from the others. Stages of a pipeline
+hold different state altogether, and the script says which ranks hold the same. That identity is
+the *shard key*; it is empty where nothing is split.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -73,8 +76,71 @@ def split_text(tensor: torch.Tensor) -> str:
     return shape if split is None else f"{shape}@{','.join(split['placements'])}"
 
 
+def ranks_of(replicas: object, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, ...]:
+    """Return the global ranks of a mesh or a group, in ascending order.
+
+    Args:
+        replicas: A `DeviceMesh` or a `ProcessGroup`, of the ranks that hold the same state as this
+            one, or parts of the same tensors.
+        tensors: Every protected tensor, by name.
+
+    Raises:
+        ConfigError: It is neither, or leaves out this rank, or one that holds a part.
+    """
+    if isinstance(replicas, DeviceMesh):
+        ranks = replicas.mesh.flatten().tolist()
+    elif isinstance(replicas, dist.ProcessGroup):
+        ranks = dist.get_process_group_ranks(replicas)
+    else:
+        raise ConfigError(
+            f"replicas is {type(replicas).__name__}",
+            hint='give the axis of the mesh: run.protect(..., replicas=mesh["replicate"])',
+        )
+    if dist.get_rank() not in ranks:
+        raise ConfigError(
+            f"rank {dist.get_rank()} is not among its own replicas, ranks {ranks}",
+            hint="give the mesh or group of the ranks that hold the same state as this one",
+        )
+    for name, tensor in tensors:
+        if isinstance(tensor, DTensor):
+            others = set(tensor.device_mesh.mesh.flatten().tolist()).difference(ranks)
+            if others:
+                raise ConfigError(
+                    f"{name} is split between more ranks than the replicas, ranks {ranks}: also"
+                    f" {sorted(others)}",
+                    hint='give the axes that split it too: replicas=mesh["replicate", "shard"]',
+                )
+    return tuple(sorted(ranks))
+
+
+def check_replicas(table: Sequence[Sequence[int] | None]) -> None:
+    """Check that ranks agree about which of them hold the same.
+
+    Args:
+        table: By rank, the ranks that it says hold the same as it; None for all.
+
+    Raises:
+        ConfigError: Names two that disagree.
+    """
+    for rank, mine in enumerate(table):
+        for other in range(len(table)) if mine is None else mine:
+            if table[other] != mine:
+                raise ConfigError(
+                    f"rank {rank} says that ranks {_named(mine)} hold the same state, rank"
+                    f" {other} that ranks {_named(table[other])} do",
+                    hint='give run.protect(..., replicas=mesh["replicate"]) on every rank',
+                )
+
+
+def _named(ranks: Sequence[int] | None) -> str:
+    return "of the whole job" if ranks is None else ", ".join(map(str, ranks))
+
+
 def shard_key(
-    tensors: Iterable[tuple[str, torch.Tensor]], optimizers: Iterable[Any], rank: int
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    optimizers: Iterable[Any],
+    rank: int,
+    replicas: Sequence[int] | None = None,
 ) -> str:
     """Return what identifies the part of the state that this rank holds.
 
@@ -83,8 +149,9 @@ def shard_key(
         optimizers: Protected optimizers; one that splits its state between ranks by itself
             makes each rank's part its own.
         rank: This rank.
+        replicas: Ranks that hold the same names and shapes; None for all.
     """
-    lines: list[str] = []
+    lines: list[str] = [] if replicas is None else [f"held by {list(replicas)}"]
     for name, tensor in tensors:
         if not isinstance(tensor, DTensor):
             continue

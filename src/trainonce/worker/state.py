@@ -92,6 +92,8 @@ class Protected:
             for name, module in self.modules.items()
             for key, buffer in module.named_buffers()
         )
+        self.replicas: tuple[int, ...] | None = None
+        """Ranks that hold the same names and shapes; None for all."""
         self._local = _running_statistics(self.modules)
         # Read for every parameter in every step.
         split = any(local_of(tensor) is not tensor for _, tensor in self._parameters)
@@ -143,7 +145,7 @@ class Protected:
     def shard_key(self, rank: int) -> str:
         """Return what identifies the part of the state that this rank holds; empty for all."""
         tensors = (*self._parameters, *self._buffers)
-        return shard_key(tensors, self.optimizers.values(), rank)
+        return shard_key(tensors, self.optimizers.values(), rank, self.replicas)
 
     def replicated(self) -> Named:
         """Return the replicated tensors, live, in the same order on every rank.
@@ -359,7 +361,7 @@ class Protected:
         return owner in self.optimizers and keeps_a_part(self.optimizers[owner])
 
     def describe_part(self) -> dict[str, Any]:
-        """Return what `describe_whole` says on rank 0, for what this rank alone has."""
+        """Return what `describe_whole` says on the first holder, for what this rank alone has."""
         if not self.keeps_a_part:
             return {}
         record, own = self.describe(self.live()), self.own_names()
@@ -376,7 +378,7 @@ class Protected:
         out differently than those that wrote.
 
         Args:
-            record: From `describe_whole`.
+            record: From `describe_whole` on the first holder.
             *parts: From `describe_part` on the other ranks.
 
         Raises:
@@ -400,6 +402,14 @@ class Protected:
                     hint="resume on the mesh that the checkpoint was written on",
                 )
             layout.append([name, dtype, local, device])
+        listed = {entry[0] for entry in layout}
+        for name, _ in self._parameters:
+            if name not in listed:
+                raise StateMismatchError(
+                    f"the checkpoint does not hold {name}",
+                    hint="build the model that it was written with; of a pipeline's stages, resume"
+                    " on the same mesh",
+                )
         self.prepare({**record, "layout": layout, "splits": splits})
         for part in parts:
             self._load_scalars(encoding.decode(base64.b64decode(part["small"]))["scalars"])

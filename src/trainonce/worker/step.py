@@ -90,6 +90,10 @@ class Execution:
     """Local state for its commit is in the mirror."""
     stepped: bool = False
     """An optimizer has taken its step."""
+    agreed: bool = False
+    """All ranks have met in this step, and told each other what they know of it."""
+    meets_again: bool = False
+    """They will do so once more before the commit."""
     kind: UpdateKind = UpdateKind.PLAIN
     """What this execution has shown."""
     means: list[Any] = field(default_factory=lambda: [])

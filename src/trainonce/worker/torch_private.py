@@ -14,6 +14,12 @@ groups, where `parameter.grad` does not show them.
 
 The flight recorders of the backends are read through `torch._C._distributed_c10d`, as JSON: the
 public `_dump_nccl_trace` pickles. A build without NCCL lacks the first.
+
+The stages of a pipeline (`torch.distributed.pipelining`) tell each other the shapes of what they
+exchange before their first pass, within the first call of `step`, and again when a schedule
+changes between training and evaluation. A process that joins later does so when the others
+do not, so that part, `_initialize_pp_stages`, is surrounded. Schedules are counted where they are
+made, in `_PipelineSchedule.__init__`.
 """
 
 from __future__ import annotations
@@ -22,17 +28,20 @@ import functools
 import json
 import sys
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.autograd.graph
 import torch.distributed.distributed_c10d as c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
 _DDP_INIT = DistributedDataParallel.__init__.__code__
@@ -106,6 +115,30 @@ def watch_new_groups(told: Callable[[Sequence[int]], object]) -> None:
         return made
 
     c10d._new_process_group_helper = watched
+
+
+def watch_meshes(explain: Callable[[str], Exception]) -> None:
+    """Raise what `explain` makes of the error where a mesh is not of the job's size.
+
+    That is where it cannot be made, or where a rank that it leaves out asks for a group of it.
+    """
+    make, get_group = DeviceMesh.__init__, DeviceMesh.get_group
+
+    @functools.wraps(make)
+    def made(self: DeviceMesh, *args: Any, **kwargs: Any) -> None:
+        try:
+            make(self, *args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise explain(f"a mesh cannot be made: {error}") from error
+
+    @functools.wraps(get_group)
+    def got_group(self: DeviceMesh, *args: Any, **kwargs: Any) -> Any:
+        if self.get_coordinate() is None:
+            raise explain(f"a mesh of {self.mesh.numel()} ranks leaves out this one")
+        return get_group(self, *args, **kwargs)
+
+    DeviceMesh.__init__ = made
+    DeviceMesh.get_group = got_group
 
 
 def hook_states(ddp: DistributedDataParallel) -> list[Any]:
@@ -211,3 +244,90 @@ def recorded_collectives() -> dict[str, dict[str, Any]]:
         if dump is not None:
             found[backend] = json.loads(dump(includeCollectives=True, onlyActive=False))
     return found
+
+
+_SCHEDULES = "torch.distributed.pipelining.schedules"
+
+
+class PipelineRegistry:
+    """The schedules of this process, and how often the stages of each got ready.
+
+    Args:
+        around: Surrounds the part in which they do, or would if they were not; takes the
+            schedule, whether they are ready, and the stages on this rank. What it yields says
+            whether they get ready all the same.
+    """
+
+    def __init__(
+        self, around: Callable[[Any, bool, list[Any]], AbstractContextManager[bool]]
+    ) -> None:
+        self._around = around
+        self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._counts: Counter[str] = Counter()
+        self.closed = False
+        """From now on new schedules get no name."""
+        self.turns: dict[str, list[Any]] = {}
+        """Name to how often its stages got ready, and whether for training the last time."""
+
+    def watch(self) -> None:
+        """Watch the schedules that are made from now on; once is enough."""
+        module = sys.modules.get(_SCHEDULES)
+        if module is None or not pipelines_unwatched():
+            return
+        base = module._PipelineSchedule
+        make, prepare, around = base.__init__, base._initialize_pp_stages, self._around
+
+        @functools.wraps(make)
+        def made(schedule: Any, *args: Any, **kwargs: Any) -> None:
+            make(schedule, *args, **kwargs)
+            self._add(schedule)
+
+        @functools.wraps(prepare)
+        def prepared(
+            schedule: Any, stages: list[Any], args: Any, kwargs: Any, target: Any,
+            fwd_initialized: bool, bwd_initialized: bool, **rest: Any,
+        ) -> Any:  # fmt: skip
+            ready = fwd_initialized and bwd_initialized == schedule._has_backward
+            with around(schedule, ready, stages) as anyway:
+                again = ready and anyway
+                return prepare(
+                    schedule, stages, args, kwargs, target,
+                    fwd_initialized and not again, bwd_initialized and not again, **rest,
+                )  # fmt: skip
+
+        base.__init__ = made
+        base._initialize_pp_stages = prepared
+
+    def _add(self, schedule: Any) -> None:
+        kind = f"{type(schedule).__name__}/{schedule._n_microbatches}"
+        if not self.closed:
+            self._names[schedule] = f"{kind}/{self._counts[kind]}"
+            self._counts[kind] += 1
+
+    def name(self, schedule: Any) -> str:
+        """Return the same for the schedules of all stages of one pipeline; empty for a late one.
+
+        Schedules of one kind are told apart by the order in which they are made.
+        """
+        return self._names.get(schedule, "")
+
+
+def pipelines_unwatched() -> bool:
+    """Tell whether there may be pipelines of which no `PipelineRegistry` knows."""
+    module = sys.modules.get(_SCHEDULES)
+    return module is not None and not hasattr(
+        module._PipelineSchedule._initialize_pp_stages, "__wrapped__"
+    )
+
+
+def is_traced(stage: Any) -> bool:
+    """Tell whether a stage comes from `torch.distributed.pipelining.pipeline`.
+
+    Such stages exchange something when they first get ready, and nothing when they do so again.
+    """
+    return isinstance(stage, sys.modules["torch.distributed.pipelining.stage"]._PipelineStage)
+
+
+def trains(schedule: Any) -> bool:
+    """Tell whether a schedule is to run backward passes now."""
+    return schedule._has_backward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -38,29 +39,35 @@ def compare_replicas(tensors: Named, *, step: int, shards: Sequence[str]) -> Rep
         shards: Shard key by rank; those with the same key hold the same.
 
     Returns:
-        What differed, the same on all ranks; None if nothing did.
+        What differed, the same on all ranks but for the names, which those that hold it know;
+        None if nothing did.
     """
     world_size = len(shards)
-    mine = torch.tensor([[_signed(_checksum(t)), t.numel()] for _, t in tensors])
+    # Ranks that hold another part may have another number of tensors.
+    most = torch.tensor([len(tensors)])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    mine = torch.zeros(int(most), 2, dtype=torch.int64)
+    for index, (_, tensor) in enumerate(tensors):
+        mine[index] = torch.tensor([_signed(_checksum(tensor)), tensor.nbytes])
     everywhere = [torch.zeros_like(mine) for _ in range(world_size)]
     dist.all_gather(everywhere, mine)
     alike = [[r for r in range(world_size) if shards[r] == key] for key in dict.fromkeys(shards)]
     names: list[str] = []
     odd: set[int] = set()
     repaired_from = -1
-    for index, (name, tensor) in enumerate(tensors):
-        for ranks in alike:
-            values = [int(everywhere[rank][index, 0]) for rank in ranks]
-            if len(set(values)) == 1:
-                continue
-            names.append(name)
-            place = majority(values)
-            if place is None:
-                odd.update(ranks)
-                continue
-            odd.update(r for r, value in zip(ranks, values, strict=True) if value != values[place])
-            repaired_from = ranks[place]
-            _repair(tensor, ranks, repaired_from, int(everywhere[repaired_from][index, 1]))
+    for index, ranks in itertools.product(range(int(most)), alike):
+        values = [int(everywhere[rank][index, 0]) for rank in ranks]
+        if len(set(values)) == 1:
+            continue
+        name, tensor = tensors[index] if index < len(tensors) else ("", None)
+        names.append(name if dist.get_rank() in ranks else f"{index} of ranks {ranks}")
+        place = majority(values)
+        if place is None:
+            odd.update(ranks)
+            continue
+        odd.update(r for r, value in zip(ranks, values, strict=True) if value != values[place])
+        repaired_from = ranks[place]
+        _repair(tensor, ranks, repaired_from, int(everywhere[repaired_from][index, 1]))
     if not names:
         return None
     return ReplicasDiffer(
@@ -68,17 +75,14 @@ def compare_replicas(tensors: Named, *, step: int, shards: Sequence[str]) -> Rep
     )
 
 
-def _repair(tensor: torch.Tensor, ranks: list[int], source: int, numel: int) -> None:
+def _repair(tensor: torch.Tensor | None, ranks: list[int], source: int, num_bytes: int) -> None:
     """Broadcast over all ranks, some of which hold another part; `ranks` take it over."""
-    if len(ranks) == dist.get_world_size():
-        dist.broadcast(tensor.data, source)
-        return
-    value = torch.empty(numel, dtype=tensor.dtype, device=tensor.device)
-    if dist.get_rank() == source:
-        value.copy_(tensor.data.reshape(-1))
-    dist.broadcast(value, source)
-    if dist.get_rank() in ranks:
-        tensor.data.copy_(value.view(tensor.shape))
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    if tensor is not None and dist.get_rank() == source:
+        data.copy_(as_bytes(tensor))
+    dist.broadcast(data, source)
+    if tensor is not None and dist.get_rank() in ranks:
+        tensor.data.copy_(data.view(tensor.dtype).view(tensor.shape))
 
 
 def _checksum(tensor: torch.Tensor) -> int:

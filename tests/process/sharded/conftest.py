@@ -9,11 +9,11 @@ from trainonce.testing import run_job
 
 # A process of plain torch now and then aborts while it exits, on a loaded machine.
 _TORCH_ABORTS = "terminate called without an active exception"
-SCRIPT = Path(__file__).parent / "scripts" / "sharded.py"
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
 def ranks(axes):
-    return math.prod(int(each.split(":")[1]) for each in axes)
+    return math.prod(int(each.split(":")[1]) for each in axes if ":" in each)
 
 
 @pytest.fixture(scope="session")
@@ -21,19 +21,19 @@ def plain(tmp_path_factory):
     """Return a function that gives what plain torch does: the script under torchrun."""
     known = {}
 
-    def find(way, *axes, steps=14):
-        key = (way, *axes, steps)
+    def find(way, *axes, steps=14, script="sharded.py", arguments=(), num_ranks=0):
+        key = (script, way, *axes, steps, *arguments)
         if key not in known:
-            known[key] = once(way, axes, steps)
+            known[key] = once(way, axes, steps, script, arguments, num_ranks)
             if _TORCH_ABORTS in known[key].stderr:
-                known[key] = once(way, axes, steps)
+                known[key] = once(way, axes, steps, script, arguments, num_ranks)
             known[key].assert_completed()
         return known[key]
 
-    def once(way, axes, steps):
+    def once(way, axes, steps, script, arguments, num_ranks):
         return run_job(
-            SCRIPT, way, *axes, "--steps", steps,
-            nproc_per_node=ranks(axes), launcher="torchrun",
+            SCRIPTS / script, way, *axes, "--steps", steps, *arguments,
+            nproc_per_node=num_ranks or ranks(axes), launcher="torchrun",
             home=tmp_path_factory.mktemp("plain"),
         )  # fmt: skip
 
@@ -48,11 +48,14 @@ def shaken(plain, tmp_path):
     plan fired, and all ranks end bit for bit as under torchrun.
     """
 
-    def run(way, *axes, faults, steps=14, spares=2, arguments=(), options=(), served_by="rebuild"):
+    def run(
+        way, *axes, faults, steps=14, spares=2, arguments=(), options=(), served_by="rebuild",
+        script="sharded.py", num_ranks=0,
+    ):  # fmt: skip
         result = run_job(
-            SCRIPT, way, *axes, "--steps", steps, *arguments,
-            nproc_per_node=ranks(axes), spares=spares, chaos="; ".join(faults), options=options,
-            home=tmp_path / "home",
+            SCRIPTS / script, way, *axes, "--steps", steps, *arguments,
+            nproc_per_node=num_ranks or ranks(axes), spares=spares, chaos="; ".join(faults),
+            options=options, home=tmp_path / "home",
         )  # fmt: skip
         result.assert_completed()
         assert len(result.faults) == len(faults), result.explain()
@@ -62,7 +65,10 @@ def shaken(plain, tmp_path):
                 pid=fault.pid, cause="signal", detail="SIGKILL", served_by=served_by,
             )  # fmt: skip
         result.assert_nothing_lost()
-        result.assert_same_state(plain(way, *axes, steps=steps))
+        calm = plain(
+            way, *axes, steps=steps, script=script, arguments=arguments, num_ranks=num_ranks
+        )
+        result.assert_same_state(calm)
         return result
 
     return run

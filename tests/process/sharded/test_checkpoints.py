@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from trainonce.checkpoint.store import CheckpointStore
 from trainonce.checkpoint.tensors import export_model, read_tensors, read_whole
+from trainonce.errors import StateMismatchError
 from trainonce.testing import run_job
+from trainonce.worker.state import Protected
 
 SCRIPT = Path(__file__).parent / "scripts" / "sharded.py"
 SPLIT = ("rep:1", "shard:2")
@@ -135,3 +140,19 @@ def test_a_model_is_exported_to_hugging_faces_layout_and_read_back(saved, tmp_pa
     into = {"2.up.weight": torch.empty(33, 16)}
     read_tensors(several, into)
     assert torch.equal(into["2.up.weight"], exported["2.up.weight"])
+
+
+def test_optimizer_state_that_cannot_be_split_for_another_mesh_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        module = torch.nn.Linear(4, 6)
+        module.weight = torch.nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
+        optimizer = torch.optim.SGD(module.parameters())
+        optimizer.state[module.weight]["rows"] = distribute_tensor(torch.ones(6), mesh, [Shard(0)])
+        protected = Protected({"model": module, "optimizer": optimizer})
+        with pytest.raises(StateMismatchError, match="cannot be split for another mesh") as caught:
+            protected.prepare_whole(protected.describe_whole())
+        assert "resume on the mesh" in caught.value.hint
+    finally:
+        dist.destroy_process_group()

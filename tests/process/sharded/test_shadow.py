@@ -96,6 +96,19 @@ def test_a_shadow_of_every_fifth_step_costs_what_was_said(plain, tmp_path):
     result.assert_same_state(plain("plain", *ALONE))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [(("rep:2", "shard:2"), "a mesh cannot be made"), (("shard:2",), "leaves out this one")],
+    ids=["larger", "smaller"],
+)
+def test_a_mesh_that_is_not_of_the_jobs_size_is_explained(tmp_path, axes, says):
+    result = run_job(SCRIPT, "plain", *axes, nproc_per_node=3, home=tmp_path)
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert "hint: make the sizes of its axes multiply to 3" in result.stderr
+
+
 def test_redundancy_that_is_promised_and_not_there_is_refused(tmp_path):
     result = run_job(
         SCRIPT, "plain", "shard:1", "--shadow-every", 0, nproc_per_node=1,

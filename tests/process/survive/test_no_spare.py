@@ -1,5 +1,6 @@
 """A device is lost and there is no spare: wait for it, share others', or end with a checkpoint."""
 
+import functools
 import json
 import signal
 import socket
@@ -60,14 +61,15 @@ def test_the_job_waits_until_the_device_is_back(shaken):
 
 @pytest.mark.slow
 def test_the_job_ends_with_a_checkpoint_and_goes_on_from_it(calm, tmp_path):
-    job = ("--job-id", "left", *CHECKPOINT)
-    left = run_job(SCRIPTS / "crowded.py", "--steps", 600, home=tmp_path, options=job,
-                   chaos="lose rank=0 step=5 point=backward")  # fmt: skip
+    left = run_job(SCRIPTS / "crowded.py", "--steps", 600, home=tmp_path, options=CHECKPOINT,
+                   job="left", chaos="lose rank=0 step=5 point=backward")  # fmt: skip
     assert left.exit_code == 4, left.explain()
     assert not left.leftovers
     assert "`trainonce run --job-id left …` goes on" in left.stderr
     assert "a checkpoint was written" in left.stderr
-    resumed = run_job(SCRIPTS / "crowded.py", "--steps", 600, home=tmp_path, options=job)
+    resumed = run_job(
+        SCRIPTS / "crowded.py", "--steps", 600, home=tmp_path, options=CHECKPOINT, job="left"
+    )
     resumed.assert_completed()
     assert "resumed from the checkpoint of step" in resumed.stderr
     resumed.assert_same_state(calm("crowded.py", "--steps", 600))
@@ -133,13 +135,14 @@ def test_a_waiting_job_is_listed_and_ends_on_sigterm_with_a_checkpoint(calm, tmp
                 process.send_signal(signal.SIGTERM)
                 return
 
-    options = ("--job-id", "stuck", *WAIT)
-    result = run_job(SCRIPTS / "basic.py", "--steps", 600, home=tmp_path, options=options,
-                     watch=watch, chaos="lose rank=1 step=5 point=backward")  # fmt: skip
+    run = functools.partial(
+        run_job, SCRIPTS / "basic.py", "--steps", 600, home=tmp_path, options=WAIT, job="stuck"
+    )
+    result = run(watch=watch, chaos="lose rank=1 step=5 point=backward")
     assert (seen["lost_ranks"], seen["lost_slots"], seen["short"]) == ([1], [1], 1)
     assert result.exit_code == 143, result.explain()
     assert of_kind(result, CheckpointSaved.kind)
-    resumed = run_job(SCRIPTS / "basic.py", "--steps", 600, home=tmp_path, options=options)
+    resumed = run()
     resumed.assert_completed()
     resumed.assert_same_state(calm("basic.py", "--steps", 600))
 
@@ -171,8 +174,8 @@ def test_a_device_that_health_finds_unfit_is_used_again_once_it_is_fit(calm, tmp
 
     read(0.0, [50 + 0.5 * number for number in range(80)])
     result = run_job(
-        SCRIPTS / "crowded.py", "--until-apart", 8, home=tmp_path,
-        options=("--job-id", "hot", "--health", f"file:{signals}", "--health-every-s", "0.05"),
+        SCRIPTS / "crowded.py", "--until-apart", 8, home=tmp_path, job="hot",
+        options=("--health", f"file:{signals}", "--health-every-s", "0.05"),
         chaos="kill rank=1 step=5 point=backward", watch=cool_down_under_the_guest,
     )  # fmt: skip
     result.assert_completed()

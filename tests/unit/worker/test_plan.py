@@ -6,7 +6,7 @@ import json
 import pytest
 
 from trainonce.errors import CollectiveError, RecoveryError
-from trainonce.worker.oplog import SETUP, UNSHARED, Known, bucket_order_interval
+from trainonce.worker.oplog import SETUP, STAGES, UNSHARED, Known, bucket_order_interval
 from trainonce.worker.plan import RankReport, plan_recovery
 
 WORLD = "world"
@@ -99,7 +99,7 @@ def test_results_of_set_up_and_of_bucket_orders_go_to_newcomers_at_any_step():
 
 def test_the_bucket_order_is_given_by_a_rank_that_was_there_from_the_beginning():
     replaced = report(1, original=False)
-    assert plan_recovery([FRESH, replaced, report(1)]).order_root == 2
+    assert plan_recovery([FRESH, replaced, report(1)]).order_ranks[0] == 2
 
 
 def test_a_re_formed_group_moves_nothing():
@@ -174,3 +174,69 @@ def test_newcomers_without_a_donor_go_on_from_the_newest_shadow_that_all_have():
 def test_reports_survive_the_wire():
     sent = report(5, [(5, 0)], [(5, 1)], shards=["a", "b", "a"])
     assert RankReport.from_record(json.loads(json.dumps(sent.to_record()))) == sent
+
+
+def talking(commits, sent=(), received=(), awaited=(), *, fresh=False, rank=0):
+    """Two ranks with a channel each way; what this one sent, received, and waits for."""
+    there, back = f"world:{rank}>{1 - rank}#0", f"world:{1 - rank}>{rank}#0"
+    ops = {(there, commits, seq): ("message(8 bytes)", Known.RESULT) for seq in sent}
+    ops |= {(back, commits, seq): ("message(8 bytes)", Known.TAKEN) for seq in received}
+    ops |= {(back, commits, seq): ("message(8 bytes)", Known.NOTHING) for seq in awaited}
+    return RankReport(
+        fresh=fresh, commits=0 if fresh else commits, donor=not fresh,
+        groups={WORLD: [0, 1]}, ops=ops,
+        channels={} if fresh else {there: [rank, 1 - rank], back: [1 - rank, rank]},
+    )  # fmt: skip
+
+
+def messages(plan):
+    return [(t.name[0][6:9], t.name[2], t.source, t.targets) for t in plan.results]
+
+
+def test_a_new_receiver_gets_the_senders_copies_and_a_new_sender_is_told_what_has_arrived():
+    plan = plan_recovery(
+        [talking(5, sent=(0, 1), received=(0, 2), awaited=(1,)), talking(5, fresh=True, rank=1)]
+    )
+    assert messages(plan) == [("0>1", 0, 0, (1,)), ("0>1", 1, 0, (1,))]
+    assert plan.taken == (("world:1>0#0", 5, 0), ("world:1>0#0", 5, 2))
+    assert plan.again == ()
+
+
+def test_a_survivor_that_waits_gets_what_was_sent_and_nothing_that_it_has():
+    plan = plan_recovery(
+        [talking(5, sent=(0, 1, 2)), talking(5, received=(0,), awaited=(1,), rank=1)]
+    )
+    assert messages(plan) == [("0>1", 1, 0, (1,)), ("0>1", 2, 0, (1,))]
+    assert plan.taken == ()
+
+
+def test_messages_of_a_committed_step_are_not_sent_to_who_is_past_it():
+    ahead = talking(6, rank=1)
+    ahead.ops.clear()
+    plan = plan_recovery([talking(5, sent=(0, 1)), ahead])
+    assert messages(plan) == []
+
+
+def test_what_the_stages_of_a_pipeline_told_each_other_is_served_whatever_the_step():
+    told = talking(7)
+    told.ops["world:0>1#1F1B", STAGES, 0] = ("message(8 bytes)", Known.RESULT)
+    told.channels["world:0>1#1F1B"] = [0, 1]
+    plan = plan_recovery([told, talking(7, fresh=True, rank=1)])
+    assert [(t.name[1:], t.targets) for t in plan.results] == [((STAGES, 0), (1,))]
+
+
+def test_two_ends_that_disagree_about_a_message_are_told_so():
+    small = talking(5, awaited=(0,), rank=1)
+    small.ops["world:0>1#0", 5, 0] = ("message(4 bytes)", Known.NOTHING)
+    with pytest.raises(CollectiveError, match=r"issued message\(8 bytes\).*message\(4 bytes\)"):
+        plan_recovery([talking(5, sent=(0,)), small])
+
+
+def test_a_step_that_a_survivor_has_no_log_of_is_not_executed_again():
+    table = ["a", "b", "c"]
+    report_of = {"fresh": False, "donor": True, "groups": {WORLD: [0, 1, 2]}, "shards": table}
+    begun = RankReport(commits=6, since=6, **report_of)
+    with pytest.raises(RecoveryError):
+        plan_recovery([begun, RankReport(commits=6, **report_of), shadowed(5, 4)])
+    plan = plan_recovery([begun, RankReport(commits=6, **report_of), shadowed(6, 5)])
+    assert plan.restores == {2: 6}

@@ -96,6 +96,16 @@ def test_another_model_is_told_what_differs():
         protect(build(width=5)).prepare(record)
 
 
+def test_a_checkpoint_that_lacks_parameters_is_refused():
+    given = protect(build())
+    given.capture()
+    record = given.describe_whole()
+    lacking = {**record, "layout": [e for e in record["layout"] if e[0] != "model.0.weight"]}
+    assert "model.0.weight" in protect(build()).prepare_whole(record)
+    with pytest.raises(StateMismatchError, match=r"does not hold model\.0\.weight"):
+        protect(build()).prepare_whole(lacking)
+
+
 def test_running_statistics_are_local():
     parts = build()
     assert set(protect(parts).local_buffers()) == {

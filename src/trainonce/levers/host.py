@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -192,12 +190,15 @@ def open_host(*, seed: int, folder: Path | None) -> Host:
 def _new_folder(parent: Path) -> Path:
     """Make a folder that nothing else has: a run in one that has would go on from what is there."""
     name = f"{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
-    for number in itertools.count(1):
-        place = parent / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
+    place, number = parent / name, 1
+    while True:
+        try:
             place.mkdir(parents=True)
-            break
-    return place
+        except FileExistsError:
+            number += 1
+            place = parent / f"{name}-{number}"
+        else:
+            return place
 
 
 def is_first_process() -> bool:

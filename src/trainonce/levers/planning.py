@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Share of the run's updates that probes may make, and the fewest that tell anything.
 _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 0.2, 10, 200
 _RATE_RUNS, _OFF_ARM_SEEDS = 4, 3
-_EXPECTED = "to be expected of the model's width and the run's length"
+_EXPECTED = "to be expected of the model's width, the run's length and the data"
 _BATCH_SIZE, _LEAST_UPDATES = 32, 16
 
 
@@ -119,7 +119,7 @@ def plan(
         )
         length = _pruned(length, gates.decide(facts))
         if optimizer is None:
-            found.measure_training(length.steps)
+            found.measure_training(length.steps, length.steps * batch_size / len(data))
         else:
             found.notes.append(
                 "no off-arm: the caller's optimizer is not tried out, so the guard only watches "
@@ -184,13 +184,15 @@ class _Findings:
         if not own_optimizer:
             self.muon = _muon(prober, print_)
 
-    def measure_training(self, steps: int) -> None:
+    def measure_training(self, steps: int, epochs: float) -> None:
         """Probe the rate, and the arm without levers, for a run of `steps`."""
         assert self.muon is not None
         runs = _RATE_RUNS + _OFF_ARM_SEEDS
         each = min(int(_PROBE_SHARE * steps / runs), _PROBE_MOST)
-        pretrained = self._fingerprint.pretrained
-        start = expected_rate(self._prober.model, steps, pretrained=pretrained)
+        start = expected_rate(
+            self._prober.model, steps, pretrained=self._fingerprint.pretrained,
+            samples=self._fingerprint.num_samples, epochs=epochs,
+        )  # fmt: skip
         if each < _PROBE_LEAST:
             least = math.ceil(_PROBE_LEAST * runs / _PROBE_SHARE)
             why = f"not probed: {steps} updates are too few, it takes {least}"
@@ -207,7 +209,7 @@ class _Findings:
         why = f"{found.reason}, of {each} updates each"
         if found.value != start:
             # Runs this short prefer rates that are too high for some models and too low for
-            # others; half-way did best in benchmarks/rates.
+            # others, also by a clear gain (benchmarks/rates): only a gross error is mended.
             why = f"half-way, in the logarithm, from the {start:g} {_EXPECTED} to what {why}"
         else:
             why = f"{_EXPECTED}; {why}"

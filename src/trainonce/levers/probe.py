@@ -36,15 +36,34 @@ class Choice:
 # models that were trained before. The first was fitted to the tuning tasks of benchmarks/rates.
 _RATE_OF_ONE_INPUT, _UPDATES, _MOST, _PRETRAINED = 1.28, 500, 0.05, 0.1
 _LENGTH_EXPONENT = 0.32
+# Samples over passes below which a rate is lowered, and by how much at most.
+_SCARCE, _LEAST_SHARE = 40, 0.1
 
 
-def expected_rate(model: torch.nn.Module, steps: int, *, pretrained: bool = False) -> float:
+def expected_rate(
+    model: torch.nn.Module,
+    steps: int,
+    *,
+    pretrained: bool = False,
+    samples: int | None = None,
+    epochs: float = 1.0,
+) -> float:
     """Return the peak rate of AdamW (or `muon_adamw`) to expect of a model in a run of `steps`.
 
     Inversely as the width: a matrix with more inputs changes its output more at the same rate
     (Yang et al., Tensor Programs V, 2022). The width is the mean number of inputs, or of input
     channels, over the elements of all trained matrices but embeddings. And lower for a longer
     run, by its 0.32th power (Bjorck et al., Scaling Optimal LR Across Token Horizons, ICLR 2025).
+
+    A small table that is seen many times is learned by heart, and the sooner the higher the rate:
+    it is lowered by the square of samples over passes, from 40 down (benchmarks/rates).
+
+    Args:
+        model: Not trained yet, unless it is `pretrained`.
+        steps: Updates of the run.
+        pretrained: It was trained before: a tenth of the rate.
+        samples: Of the dataset; None: as many as it takes.
+        epochs: Passes over them.
     """
     embedded = {
         id(module.weight)
@@ -57,7 +76,10 @@ def expected_rate(model: torch.nn.Module, steps: int, *, pretrained: bool = Fals
     elements = sum(p.numel() for p in matrices)
     width = sum(p.numel() * p.shape[1] for p in matrices) / elements if elements else 1.0
     rate = _RATE_OF_ONE_INPUT / width * (_UPDATES / max(steps, 1)) ** _LENGTH_EXPONENT
-    return float(f"{min(rate, _MOST) * (_PRETRAINED if pretrained else 1.0):.3g}")
+    share = 1.0
+    if samples is not None:
+        share = min(max((samples / max(epochs, 1.0) / _SCARCE) ** 2, _LEAST_SHARE), 1.0)
+    return float(f"{min(rate, _MOST) * share * (_PRETRAINED if pretrained else 1.0):.3g}")
 
 
 @describes(

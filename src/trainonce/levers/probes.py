@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Count = Callable[[Any], torch.Tensor]
 
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 256
-_LEAST_GAIN = 0.1
+_LEAST_GAIN = 0.5
 
 
 class Prober:

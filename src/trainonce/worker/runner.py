@@ -326,10 +326,17 @@ class Runner:
         if fewest is None or issued + 1 >= fewest:
             self._publish_ahead(execution)
 
-    def _publish_ahead(self, execution: Execution) -> None:
-        """Publish local state for the commit to come, before this rank lets the others commit."""
+    def _publish_ahead(self, execution: Execution, *, looks: bool = True) -> None:
+        """Publish local state for the commit to come, before this rank lets the others commit.
+
+        Args:
+            execution: The step.
+            looks: Whether buffers that have changed by now are ones of forward passes. After the
+                update they may be a part of it, such as the count of a moving average.
+        """
         assert self.protected is not None
-        self.protected.note_local_buffers()
+        if looks:
+            self.protected.note_local_buffers()
         self.local.publish(
             self.protected,
             execution.position,
@@ -425,7 +432,7 @@ class Runner:
         """
         fabric = self.fabric
         assert fabric is not None
-        self._publish_ahead(execution)
+        self._publish_ahead(execution, looks=not execution.stepped)
         late = not last and execution.profile.kind >= UpdateKind.LATE
         votes = [fabric.balance(), int(not last), int(late), int(fabric.has_channels)]
         sums = torch.tensor(votes, dtype=torch.int64)

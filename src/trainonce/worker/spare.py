@@ -23,7 +23,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")
 _HINTS = {
     "rank": "the rank is read before the first batch; read it below run.protect and inside"
     " loops or steps",
-    "collective": "a collective runs before run.protect; move it below, or into a step",
+    "collective": "a collective runs before the first step; move it behind that, or into it",
     "new_group": "dist.new_group runs before the first batch; a spare can go no further",
 }
 

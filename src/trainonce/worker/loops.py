@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainonce.worker.variables import advance
+from trainonce.worker.variables import advance, counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,8 +125,8 @@ class Loops:
 
     def _count_on(self, batches: Iterator[Any] | None, skipped: int) -> None:
         """Where a script counts batches with `enumerate`, count those that are left out."""
-        for referrer in gc.get_referrers(batches) if skipped else ():
-            if type(referrer) is enumerate and not advance(referrer, skipped):
+        for counter in counters_of(batches) if skipped and batches is not None else ():
+            if not advance(counter, skipped):
                 self._cannot_count()
 
     def _batches(

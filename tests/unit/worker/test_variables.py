@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
-from trainonce.worker.variables import Variables
+from trainonce.worker.variables import Variables, advance, counters_of
 
 
 class Training:
@@ -172,3 +173,15 @@ def test_it_can_be_turned_off(monkeypatch):
     training = Training()
     counting(training, 4)
     assert training.taken == b""
+
+
+@pytest.mark.parametrize("bar", [lambda items: items, lambda items: tqdm(items, disable=True)])
+def test_a_count_goes_on_behind_what_is_left_out(bar):
+    def batches():
+        for counter in counters_of(items):
+            assert advance(counter, 5)
+        yield from "ab"
+
+    items = batches()
+    assert list(enumerate(bar(items), start=1)) == [(6, "a"), (7, "b")]
+    assert list(enumerate("ab")) == [(0, "a"), (1, "b")]

@@ -70,7 +70,7 @@ def run_job(kind: str, ranks: int, plan: list[str], spares: int = 1) -> dict[str
         begun_s = time.monotonic()
         done = subprocess.run(
             [*LAUNCHER, "--nproc-per-node", str(ranks), "--spares", str(spares),
-             "--job-id", "soak-job" if not plan else f"soak-{time.monotonic_ns()}",
+             "--job-id", f"soak-{time.monotonic_ns()}",
              "--chaos", "; ".join(plan), str(HERE / "train.py")],
             env=environment(KIND=kind, STEPS=STEPS, TRAINONCE_HOME=folder),
             capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,

@@ -160,7 +160,12 @@ class IncidentTracker:
     def _close_ready(self) -> None:
         still: list[OpenIncident] = []
         for incident in self.open:
-            later = [t for s, t in incident.commit_times.items() if s > incident.formed_step]
+            # A rank that was one commit ahead has told of one beyond `formed_step` before.
+            later = [
+                t
+                for s, t in incident.commit_times.items()
+                if s > incident.formed_step and t >= incident.recovered_mono_s
+            ]
             if incident.recovered_mono_s and later:
                 self._finish(incident, min(later))
             else:

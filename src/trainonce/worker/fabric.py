@@ -14,7 +14,7 @@ import time
 import zlib
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trainonce.errors import TrainOnceError
+from trainonce.errors import CollectiveError, TrainOnceError
 from trainonce.wire.messages import Formed, Note, PeerLost
 from trainonce.worker.inner import InnerGroup
 from trainonce.worker.oplog import (
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 WORLD = "world"
 _POLL_S = 0.002
 # How often an interval is measured that has operations outside of steps.
-_LOOK_EVERY = 1 << 10
+_LOOK_EVERY = 1 << 8
 # Tags from here on are for messages of stages that get ready.
 _STAGES_TAG = 1 << 30
 # Keeps the sum over all channels of a job within 64 bits.
@@ -70,8 +70,8 @@ class Host(Protocol):
         """Whether a step is under way."""
         ...
 
-    def recall(self) -> list[torch.Tensor] | None:
-        """Return the result of an operation that the other ranks have long behind them."""
+    def recall(self) -> tuple[str, list[torch.Tensor]] | None:
+        """Return signature and result of an operation that the others have long behind them."""
         ...
 
     def before_submit(self, log: GroupLog | Channel, op: Op) -> int | None:
@@ -298,7 +298,14 @@ class Fabric:
         assert self.host is not None
         recalled = self.host.recall()
         if recalled is not None:
-            op.deliver(recalled)
+            signature, result = recalled
+            if signature != op.signature:
+                raise CollectiveError(
+                    f"a collective between steps is {op.signature} here, and was {signature} in the"
+                    " process that held this rank before",
+                    hint="code between steps must issue the same collectives when it runs again",
+                )
+            op.deliver(result)
             op.future.set_result(op.value)
             return
         interval = self.host.before_submit(log, op)

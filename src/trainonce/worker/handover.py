@@ -92,7 +92,7 @@ class Handover:
         self._newcomer = not runner.promotion.done
         self._took_over = False
         self._entered_at = 0
-        self._recalled: list[torch.Tensor] | None = None
+        self._recalled: tuple[str, list[torch.Tensor]] | None = None
         self.private = False
         self.sample: Callable[[], Any] | None = None
 
@@ -134,15 +134,16 @@ class Handover:
             # Only shapes matter there; but a DDP may be about to settle its buckets.
             return not self.orders_buckets()
         if self._fabric.interval != SETUP:
-            again, self._recalled = self._runner.recall()
-            return again and self._recalled is None
+            again, recalled = self._runner.recall(kind, tensors)
+            self._recalled = recalled
+            return again and recalled is None
         ddp = torch_private.constructing_ddp()
         if ddp is None:
             return False
         self._ddps.ordinal(ddp)
         return self._newcomer
 
-    def recall(self) -> list[torch.Tensor] | None:
+    def recall(self) -> tuple[str, list[torch.Tensor]] | None:
         """Take the kept result of the collective that `emulate` was asked about last."""
         recalled, self._recalled = self._recalled, None
         return recalled
@@ -158,7 +159,26 @@ class Handover:
 
     def passes(self) -> dict[str, Any]:
         """Return what a successor of this rank must know of its DDPs and pipelines."""
-        return {"ordered": sorted(self._ordered), "pipelines": copy_tree(self.pipelines.turns)}
+        return {
+            "ordered": sorted(self._ordered),
+            "pipelines": copy_tree(self.pipelines.turns),
+            "syncs": [
+                ordinal
+                for ordinal, ddp in self._ddps.living()
+                if torch_private.syncs_buffers_next(ddp)
+            ],
+        }
+
+    def return_to_commit(self) -> None:
+        """Let each DDP broadcast its buffers in the next pass exactly if it did so before."""
+        syncs: list[int] = self._runner.local.passes_before.get("syncs", [])
+        for ordinal, ddp in self._ddps.living():
+            torch_private.sync_buffers_next(ddp, ordinal in syncs)
+
+    def pass_over(self) -> None:
+        """Leave each DDP as a step that is skipped left it: its next pass broadcasts buffers."""
+        for _, ddp in self._ddps.living():
+            torch_private.sync_buffers_next(ddp, True)
 
     @contextmanager
     def _preparing_stages(self, schedule: Any, ready: bool, stages: list[Any]) -> Generator[bool]:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Protected
 
+# Signature and results of a collective.
+Recalled = tuple[str, list["torch.Tensor"]]
+
 _SLACK_BYTES = 64 << 10
 # A larger result of a collective between steps is not kept: it would be written at each commit.
 _MOST_RESULT_BYTES = 1 << 20
@@ -130,10 +133,10 @@ class LocalState:
                 self._collectives.append((position, op))
             elif 0 < sum(result.nbytes for result in op.buffers) <= _MOST_RESULT_BYTES:
                 results = [result.clone() for result in op.buffers]
-                value = {self._world_size: results}
+                value = {self._world_size: (op.signature, results)}
                 self.values.add(position, value, lambda at: self._cursor.is_live(at, latest))
 
-    def result(self, position: Position) -> list[torch.Tensor] | None:
+    def result(self, position: Position) -> Recalled | None:
         """Return what the collective at `position` gave among as many ranks; None if not kept."""
         known, value = self.values.get(position)
         return value.get(self._world_size) if known else None

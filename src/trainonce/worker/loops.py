@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ from trainonce.worker.variables import advance, counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from trainonce.worker.cursor import Cursor, Loop
     from trainonce.worker.data import StatefulLoader
@@ -32,6 +34,7 @@ class Loops:
         fault_point: Lets the fault plan act.
         inside_step: Returns the number of committed steps while a step is executed, else
             None. Loops inside a step belong to it: they begin at their beginning.
+        begin: Called before each iteration.
         cannot_count: Told when a script counts batches with an `enumerate` that cannot be set.
     """
 
@@ -43,12 +46,14 @@ class Loops:
         fault_point: Callable[[str], None],
         inside_step: Callable[[], int | None],
         cannot_count: Callable[[], object],
+        begin: Callable[[FrameType], object],
     ) -> None:
         self._cursor = cursor
         self._enter = enter
         self._fault_point = fault_point
         self._inside_step = inside_step
         self._cannot_count = cannot_count
+        self._begin = begin
         self._epoch: int | None = None
         self._passes: dict[int, int] = {}
         self._restored_passes: dict[int, int] = {}
@@ -105,6 +110,7 @@ class Loops:
             for epoch in range(begin, begin + 1 if loop.is_done else num_epochs):
                 self._cursor.next_iteration(loop, epoch)
                 self._epoch = epoch
+                self._begin(sys._getframe())
                 yield epoch
         finally:
             self._epoch = None
@@ -201,6 +207,7 @@ class Loops:
                     self._cursor.next_iteration(loop, iteration)
                     loop.kept = _Place(epoch, offset, after, state)
                     offset = after
+                    self._begin(sys._getframe())
                     yield batch
                     iteration += 1
             finally:

@@ -98,6 +98,7 @@ class Runner:
             fault_point=self.injector.at,
             inside_step=lambda: self.commits if self.executing or self.rehearsing else None,
             cannot_count=self._tell_of_enumerate,
+            begin=self._begin_iteration,
         )
         self.local = LocalState(
             world_size=world_size,
@@ -126,6 +127,8 @@ class Runner:
         self.started_at = 0
         self.drain_requested = threading.Event()
         self.prepare: Callable[[], None] = lambda: None
+        self.passes_return_to_commit: Callable[[], None] = lambda: None
+        self.pass_over: Callable[[], None] = lambda: None
         self.pipelines: PipelineRegistry | None = None
         self.on_commit: Callable[[], None] = lambda: None
         self._entered = False
@@ -640,11 +643,16 @@ class Runner:
         known, value = self.local.values.get(position)
         if position != self.cursor.committed:
             self.local.variables.begin(caller)
+            self.pass_over()
         elif self.cursor.behind:
             self._return_to_commit(caller)
             if not known:
                 self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
         return value if known else lost(value)
+
+    def _begin_iteration(self, frame: FrameType) -> None:
+        if self.cursor.behind:
+            self.local.variables.anticipate(frame)
 
     def _return_to_commit(self, caller: FrameType) -> None:
         """Undo what code between steps did on its way here: it is part of the last commit."""
@@ -653,6 +661,7 @@ class Runner:
         self.protected.return_to_commit()
         self.local.return_to_commit(caller)
         self.loops.return_to_commit()
+        self.passes_return_to_commit()
         if self.local.variables.missing:
             names = ", ".join(self.local.variables.missing[:5])
             self.notify(
@@ -669,7 +678,9 @@ class Runner:
         """Take note of a collective that the script issues between steps."""
         self.local.note_collective(self.cursor.enter_collective(), op)
 
-    def recall(self) -> tuple[bool, list[torch.Tensor] | None]:
+    def recall(
+        self, kind: str, tensors: list[torch.Tensor]
+    ) -> tuple[bool, tuple[str, list[torch.Tensor]] | None]:
         """Answer a collective that the script comes to once more, if it does.
 
         Returns:
@@ -679,6 +690,8 @@ class Runner:
         if not self.cursor.behind or self.inside:
             return False, None
         result = self.local.result(self.cursor.enter_collective())
+        if result is not None and not _could_be(result, kind, tensors):
+            result = None  # the script came here by another way
         if result is None:
             self.notify(
                 Note(
@@ -701,6 +714,16 @@ class Runner:
         """
         assert self.protected is not None
         self.means.commit(self.local.restore(self.protected, payload, commits, returned))
+
+
+def _could_be(recalled: tuple[str, list[torch.Tensor]], kind: str, tensors: Any) -> bool:
+    """Tell whether a kept result is of such a collective."""
+    signature, results = recalled
+    if signature.partition("(")[0] != kind:
+        return False
+    return all(
+        (one.numel(), one.dtype) == (results[0].numel(), results[0].dtype) for one in tensors[:1]
+    )
 
 
 def _scalar_bits(value: Any) -> int:

@@ -101,6 +101,8 @@ class Run:
             self._runner.describe = self._handover.describe_later
             self._runner.pipelines = self._handover.pipelines
             self._runner.local.passes = self._handover.passes
+            self._runner.passes_return_to_commit = self._handover.return_to_commit
+            self._runner.pass_over = self._handover.pass_over
             job = settings.JOB.get() or "job"
             self._runner.durable = Durable(
                 self._runner,

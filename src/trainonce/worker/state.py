@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -578,6 +579,8 @@ def copy_tree(value: Any) -> Any:
     """Copy containers and tensors; share everything else, which is immutable."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
     if type(value) is dict:
         return {key: copy_tree(each) for key, each in value.items()}
     if type(value) in (list, tuple):

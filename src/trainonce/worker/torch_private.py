@@ -175,6 +175,16 @@ def mark_all_parameters_ready(ddp: DistributedDataParallel) -> None:
     ddp.reducer._push_all_rebuilt_params()
 
 
+def syncs_buffers_next(ddp: DistributedDataParallel) -> bool:
+    """Tell whether the next pass of `ddp` broadcasts buffers: not after one without gradients."""
+    return bool(ddp.require_forward_param_sync)
+
+
+def sync_buffers_next(ddp: DistributedDataParallel, syncs: bool) -> None:
+    """Set what `syncs_buffers_next` tells."""
+    ddp.require_forward_param_sync = syncs
+
+
 def forget_passes(ddp: DistributedDataParallel) -> None:
     """Bring `ddp` where it was before its first pass, whatever a rehearsal left unfinished."""
     ddp.reducer._reset_state()

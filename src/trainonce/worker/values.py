@@ -103,7 +103,8 @@ MAX_MEANS = 8
 class LazyMean:
     """A number averaged over all ranks, after the commit.
 
-    Reading it waits for the average: `float(mean)`, `mean.item()`, or formatting.
+    Reading it waits for the average: `float(mean)`, `mean.item()`, arithmetic, comparisons,
+    formats.
 
     Args:
         local: This rank's value.
@@ -129,6 +130,55 @@ class LazyMean:
 
     def __repr__(self) -> str:
         return f"LazyMean({self.item()})"
+
+    def __add__(self, other: Any) -> Any:
+        return self.item() + _number(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return other + self.item()
+
+    def __sub__(self, other: Any) -> Any:
+        return self.item() - _number(other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.item()
+
+    def __mul__(self, other: Any) -> Any:
+        return self.item() * _number(other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return other * self.item()
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.item() / _number(other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.item()
+
+    def __neg__(self) -> float:
+        return -self.item()
+
+    def __abs__(self) -> float:
+        return abs(self.item())
+
+    def __round__(self, digits: int | None = None) -> float:
+        return round(self.item(), digits)
+
+    def __lt__(self, other: Any) -> bool:
+        return self.item() < _number(other)
+
+    def __le__(self, other: Any) -> bool:
+        return self.item() <= _number(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self.item() > _number(other)
+
+    def __ge__(self, other: Any) -> bool:
+        return self.item() >= _number(other)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, LazyMean) else value
 
 
 _MEAN = "\0trainonce.mean"

@@ -13,6 +13,7 @@ import enum
 import gc
 import inspect
 import sys
+from collections import Counter, OrderedDict, defaultdict
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 _MOST_PARTS = 512
 _MOST_ELEMENTS = 64
 _MOST_FRAMES = 8
+# Of the dict of a frame's variables: the frame's own, `_Scope.values`, `_scopes`, `getrefcount`.
+_OUR_REFERENCES = 4
 _MOST_CHARACTERS = 4096
+_MOST_OBJECTS = 32
 _NOT_THE_USERS = ("trainonce", "torch", "runpy")
 
 Scopes = dict[str, dict[str, Any]]
@@ -50,11 +54,14 @@ class _Kind(enum.Enum):
 _kinds: dict[type, _Kind] = {
     **dict.fromkeys((bool, int, float, complex, type(None)), _Kind.NUMBER),
     **dict.fromkeys((str, bytes), _Kind.TEXT),
-    **dict.fromkeys((list, tuple, dict, set), _Kind.CONTAINER),
+    **dict.fromkeys((list, tuple, dict, set, Counter, OrderedDict), _Kind.CONTAINER),
+    defaultdict: _Kind.CONTAINER,
     torch.Tensor: _Kind.TENSOR,
     np.ndarray: _Kind.ARRAY,
 }
 _ABSENT = object()
+# Of a `defaultdict`: those that have a name in the encoding.
+_FACTORIES = (None, int, float, list, dict, set, str)
 
 
 def _learn(kind: type) -> _Kind:
@@ -131,8 +138,11 @@ class Variables:
                 if kind is not _Kind.NUMBER:
                     size = _size(value, left)
                     if size > left:
-                        large = (id(value), len(value))
-                        if self._large.setdefault((key, name), large) != large:
+                        if kind is _Kind.CONTAINER:
+                            large = (id(value), len(value))
+                            if self._large.setdefault((key, name), large) != large:
+                                self._left_out.add(name)
+                        else:
                             self._left_out.add(name)
                         continue
                     if size < 0:
@@ -146,6 +156,19 @@ class Variables:
     def restore(self, data: bytes | memoryview) -> None:
         """Remember what a predecessor took, for `assign`."""
         self._restored, self.missing = encoding.decode(data) if len(data) else ({}, [])
+
+    def anticipate(self, frame: FrameType) -> None:
+        """Give variables their values already where an iteration begins that holds the commit.
+
+        `total += step()` reads `total` before it calls: what `assign` does then comes too late.
+
+        Args:
+            frame: Of the loop, or of what it calls.
+        """
+        for key, _, scope in self._look(frame) if self._is_on and self._restored else ():
+            for name, value in self._restored.get(key, {}).items():
+                scope.values[name] = assign_tree(scope.values.get(name), copy_tree(value))
+            scope.write()
 
     def assign(self, frame: FrameType) -> None:
         """Give the variables around a call the values that the predecessor had there."""
@@ -191,8 +214,10 @@ def advance(counter: enumerate[Any], by: int) -> bool:
     Returns:
         False where this interpreter keeps its count in another place than CPython does.
     """
+    if sys.implementation.name != "cpython":
+        return False
     count = ctypes.c_ssize_t.from_address(id(counter) + object.__basicsize__)
-    if sys.implementation.name != "cpython" or count.value != counter.__reduce__()[1][1]:  # type: ignore[index]
+    if count.value != counter.__reduce__()[1][1]:  # type: ignore[index]
         return False
     count.value += by
     return True
@@ -212,8 +237,12 @@ class _Scope:
         self.let_go()
 
     def let_go(self) -> None:
-        """Keep nothing alive: up to Python 3.12 the dict of a frame's variables is a copy."""
-        if self._frame is not None and sys.version_info < (3, 13):
+        """Keep nothing alive: up to Python 3.12 the dict of a frame's variables is a copy.
+
+        Unless the script holds that dict itself, from `locals()`.
+        """
+        ours = self._frame is not None and sys.version_info < (3, 13)
+        if ours and sys.getrefcount(self.values) <= _OUR_REFERENCES:
             self.values.clear()
 
 
@@ -238,13 +267,20 @@ def _scopes(frame: FrameType) -> Iterator[tuple[str, _Scope]]:
         here = here.f_back
 
 
-def _objects(values: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return the variables that are objects of the user's own classes."""
-    return [
-        (name, value)
-        for name, value in values.items()
-        if (_kinds.get(type(value)) or _learn(type(value))) is _Kind.OBJECT
-    ]
+def _objects(values: dict[str, Any], deep: int = 3) -> list[tuple[str, Any]]:
+    """Return objects of the user's own classes among `values`, in dicts there, and in these."""
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        kind = _kinds.get(type(value)) or _learn(type(value))
+        inside: dict[str, Any] = {}
+        if kind is _Kind.OBJECT:
+            found.append((name, value))
+            inside = vars(value)
+        elif type(value) is dict and len(value) <= _MOST_OBJECTS:
+            inside = value
+        if deep and inside and len(found) < _MOST_OBJECTS:
+            found += [(f"{name}.{inner}", each) for inner, each in _objects(inside, deep - 1)]
+    return found[:_MOST_OBJECTS]
 
 
 def _size(value: Any, limit: int) -> int:
@@ -264,7 +300,9 @@ def _size(value: Any, limit: int) -> int:
     if len(value) > limit:
         return limit + 1
     total = 1
-    parts = (part for pair in value.items() for part in pair) if type(value) is dict else value
+    if type(value) is defaultdict and value.default_factory not in _FACTORIES:
+        return -1
+    parts = (part for pair in value.items() for part in pair) if isinstance(value, dict) else value
     for part in parts:
         size = _size(part, limit - total)
         if size < 0:
@@ -280,7 +318,7 @@ def _same(one: Any, other: Any) -> bool:
         return True
     if type(one) is not type(other):
         return False
-    if type(one) is dict:
+    if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if type(one) in (list, tuple):
         return len(one) == len(other) and all(map(_same, one, other))

@@ -231,6 +231,8 @@ class Runner:
             self.prepare()
         finally:
             self.inside = False
+        if self.cursor.behind:
+            self.protected.keep_buffers()
         self.injector.watch(self.protected.modules.values())
         self._set_phase(Phase.BETWEEN)
 

@@ -106,6 +106,7 @@ class Protected:
         self._parameter_versions = self._versions(self._parameters)
         self._old_gradients = self._gradients()
         self._buffer_versions = self._versions(self._buffers)
+        self._kept_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         # Optimizer state of a rehearsal: its memory is mapped, which takes longer than to fill it.
         self._warm: dict[torch.Tensor, dict[str, Any]] = {}
 
@@ -485,8 +486,18 @@ class Protected:
         for name, value in small["stateful"].items():
             self.stateful[name].load_state_dict(copy_tree(value))
 
+    def keep_buffers(self) -> None:
+        """Copy all buffers, for `return_to_commit`: an evaluation on the way there changes them."""
+        self._kept_buffers = [(buffer, buffer.detach().clone()) for _, buffer in self._buffers]
+
     def return_to_commit(self) -> None:
-        """Put the small state back to that of the last commit, where it differs."""
+        """Put buffers and the small state back to those of the last commit, where they differ."""
+        with torch.no_grad():
+            for buffer, kept in self._kept_buffers:
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
+        self._kept_buffers = []
+        self._buffer_versions = self._versions(self._buffers)
         now, small = self.copy_small(), self._small
         differing = {
             kind: {

@@ -63,6 +63,18 @@ def test_variables_of_the_script_come_along(calm, shaken, faults):
     assert result.values("variables") == without.values("variables"), result.explain()
 
 
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["kill rank=0 step=6 point=begin", "kill rank=1 step=11 point=backward"],
+        ["kill rank=1 step=8 point=begin", "kill rank=0 step=14 point=begin"],
+    ],
+)
+def test_evaluations_between_steps_leave_no_trace_in_buffers(calm, shaken, faults):
+    result = shaken("evaluates.py", faults=faults)
+    assert result.values("variables") == calm("evaluates.py").values("variables"), result.explain()
+
+
 def test_ranks_that_leave_a_loop_at_different_times_are_told_so(tmp_path):
     result = run_job(
         SCRIPTS / "stops_early.py", spares=1, chaos="kill rank=1 step=4 point=backward",

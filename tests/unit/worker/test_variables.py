@@ -1,6 +1,7 @@
 """Variables of a script that a newcomer takes over."""
 
 import sys
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -25,6 +26,15 @@ class Training:
             self.takes_over = False
         else:
             self.taken = self.variables.take(frame)
+
+    def step(self, value):
+        frame = sys._getframe(1)
+        if self.takes_over:
+            self.variables.assign(frame)
+            self.takes_over = False
+        else:
+            self.taken = self.variables.take(frame)
+        return value
 
     def lost(self):
         """Return the training of the process that takes over at this call."""
@@ -154,6 +164,66 @@ def test_large_ones_are_left_out_and_named_if_they_change():
     newcomer = training.lost()
     assert newcomer.variables.missing == ["history"]
     assert script(newcomer)[1] == 3
+
+
+@pytest.mark.parametrize("number", range(508, 516))
+def test_any_kind_may_be_the_one_that_is_too_many(number):
+    training = Training()
+    losses, loss, array, scalar = [0.0] * number, torch.zeros(()), np.zeros(2), np.float64(0)
+    training.call()
+    losses.append(1.0)
+    training.call()
+    assert (loss, scalar, len(array)) == (0, 0, 2)
+
+
+def test_what_is_changed_in_place_and_what_lies_within_objects_comes_along():
+    class Stopper:
+        def __init__(self):
+            self.bad = 0
+
+    class Run:
+        def __init__(self):
+            self.stopper, self.meters = Stopper(), {"loss": Meter()}
+
+    def script(training, values):
+        run, array, counts, sums = Run(), np.zeros(3), Counter(), defaultdict(float)
+        for value in values:
+            training.call()
+            array += value
+            counts["seen"] += 1
+            sums["loss"] += value
+            run.stopper.bad += 1
+            run.meters["loss"].update(value)
+        return array.tolist(), counts, sums, run.stopper.bad, run.meters["loss"].total
+
+    training = Training()
+    script(training, [1.0, 2.0, 3.0])
+    expected = script(Training(), [1.0, 2.0, 3.0, 4.0])
+    assert script(training.lost(), [3.0, 4.0]) == expected
+
+
+def test_the_dict_that_a_script_got_from_locals_is_left_alone():
+    def script(training):
+        number = 3
+        config = locals()
+        training.call()
+        return number, config["number"]
+
+    assert script(Training()) == (3, 3)
+
+
+def test_a_sum_with_what_a_step_returns_is_right():
+    def script(training, values):
+        total = 0.0
+        for value in values:
+            if training.takes_over:
+                training.variables.anticipate(sys._getframe())
+            total += training.step(value)
+        return total
+
+    training = Training()
+    script(training, [1.0, 2.0, 3.0])
+    assert script(training.lost(), [3.0, 4.0]) == 10.0
 
 
 @pytest.mark.parametrize("value", [torch.zeros(65), torch.zeros(2, requires_grad=True), object()])

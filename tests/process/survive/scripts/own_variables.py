@@ -36,8 +36,7 @@ best, patience, history, seen = 1e9, 0, [], {"batches": 0}
 for _ in run.epochs(20):
     total, count = torch.zeros(()), 0
     for batch in run.batches(loader):
-        loss = train(*batch)
-        total += float(loss)
+        total += float(train(*batch))
         count += 1
         seen["batches"] += 1
     history.append(float(total) / count)

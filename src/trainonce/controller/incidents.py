@@ -134,7 +134,10 @@ class IncidentTracker:
             # Shared between those that led to it: their sum is what was lost, once.
             for place, incident in enumerate(reversed(served)):
                 incident.formed_step = restarted_at
-                incident.served_by = "shadow" if from_shadow else incident.served_by
+                if from_shadow:
+                    incident.served_by = "shadow"
+                elif restarted_at:  # one may have been completed since the restart began
+                    incident.served_by = "checkpoint"
                 incident.steps_lost = (lost + len(served) - 1 - place) // len(served)
         self._close_ready()
 

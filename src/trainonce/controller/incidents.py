@@ -42,6 +42,8 @@ class OpenIncident:
     given: set[str] = field(default_factory=lambda: set())
     taken: set[str] = field(default_factory=lambda: set())
     formed_step: int = 0
+    resumes_at: int = 0
+    """The pause ends with the first commit beyond that many."""
     commit_times: dict[int, float] = field(default_factory=lambda: {})
 
 
@@ -129,11 +131,14 @@ class IncidentTracker:
         served = [i for i in self.open if i.announced and not i.recovered_mono_s]
         for incident in served:
             incident.recovered_mono_s = now
+            # A rank that was one commit ahead has told of that one before.
+            incident.resumes_at = max(incident.formed_step, incident.step)
         if restarted_at is not None and served:
             lost = max(0, max(incident.step for incident in served) - restarted_at)
             # Shared between those that led to it: their sum is what was lost, once.
             for place, incident in enumerate(reversed(served)):
-                incident.formed_step = restarted_at
+                incident.formed_step = incident.resumes_at = restarted_at
+                incident.commit_times.clear()
                 if from_shadow:
                     incident.served_by = "shadow"
                 elif restarted_at:  # one may have been completed since the restart began
@@ -163,12 +168,7 @@ class IncidentTracker:
     def _close_ready(self) -> None:
         still: list[OpenIncident] = []
         for incident in self.open:
-            # A rank that was one commit ahead has told of one beyond `formed_step` before.
-            later = [
-                t
-                for s, t in incident.commit_times.items()
-                if s > incident.formed_step and t >= incident.recovered_mono_s
-            ]
+            later = [t for s, t in incident.commit_times.items() if s > incident.resumes_at]
             if incident.recovered_mono_s and later:
                 self._finish(incident, min(later))
             else:

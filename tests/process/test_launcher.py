@@ -279,6 +279,16 @@ def test_the_guard_is_started_again_when_it_is_killed(launch):
     worker.wait_end()
 
 
+def let_move(zero, one, spare):
+    """Play the workers of a move of rank 1 to the spare, at step 7."""
+    one.hear("Drain")
+    one.send("Drained", step=7)
+    one.hear("Exit")
+    assert spare.hear("Generation")["mirror"] == "local state of rank 1"
+    for worker in (zero, spare):
+        worker.send("Formed", generation=2, step=7)
+
+
 def test_ps_and_migrate_reach_the_running_job(launch):
     job = launch("--nproc-per-node", "2", "--spares", "1")
     zero, one = job.ranks(2)
@@ -297,12 +307,7 @@ def test_ps_and_migrate_reach_the_running_job(launch):
         [sys.executable, LAUNCHER, "migrate", job.job, "--rank", "1"],
         env=job.env, stdout=subprocess.PIPE, text=True,
     ) as migrate:  # fmt: skip
-        one.hear("Drain")
-        one.send("Drained", step=7)
-        one.hear("Exit")
-        assert spare.hear("Generation")["mirror"] == "local state of rank 1"
-        for worker in (zero, spare):
-            worker.send("Formed", generation=2, step=7)
+        let_move(zero, one, spare)
         job.command("ps", job.job)
         zero.commit(8)
         said = migrate.communicate()[0]
@@ -335,12 +340,7 @@ def test_drain_empties_a_place_and_says_why_it_cannot_empty_the_host(launch):
         [sys.executable, LAUNCHER, "drain", host, "--device", "slot1", "--job", job.job],
         env=job.env, stdout=subprocess.PIPE, text=True,
     ) as leaving:  # fmt: skip
-        one.hear("Drain")
-        one.send("Drained", step=7)
-        one.hear("Exit")
-        assert spare.hear("Generation")["mirror"] == "local state of rank 1"
-        for worker in (zero, spare):
-            worker.send("Formed", generation=2, step=7)
+        let_move(zero, one, spare)
         assert "slot 1 is lost" in job.command("ps", job.job).stdout
         zero.commit(8)
         said = leaving.communicate()[0]

@@ -21,7 +21,7 @@ _PF_EXITING = 0x4
 # Positions after the name in /proc/PID/stat; see proc_pid_stat(5).
 _FLAGS, _EXIT_CODE = 6, 49
 _STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-# Of two threads, one is not the last to go.
+# One that is not the last to go would do; each takes a descriptor.
 _MAX_THREADS = 8
 # A thread that cannot be interrupted may take long: then the end is noticed when it is complete.
 _MAX_LOOKS = 1000

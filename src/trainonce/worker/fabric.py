@@ -27,6 +27,7 @@ from trainonce.worker.oplog import (
     Op,
     OpLog,
     OpState,
+    Outcome,
 )
 from trainonce.worker.plan import (
     Donation,
@@ -70,7 +71,7 @@ class Host(Protocol):
         """Whether a step is under way."""
         ...
 
-    def recall(self) -> tuple[str, list[torch.Tensor]] | None:
+    def recall(self) -> Outcome | None:
         """Return signature and result of an operation that the others have long behind them."""
         ...
 
@@ -154,7 +155,7 @@ class Fabric:
         # A message was issued or has arrived.
         self._moved = threading.Condition(self.lock)
         # Results by (interval, sequence number) for groups and channels not made here yet.
-        self._early: dict[str, dict[tuple[int, int], tuple[str, list[torch.Tensor]]]] = {}
+        self._early: dict[str, dict[tuple[int, int], Outcome]] = {}
         # Members of groups and ends of channels, of this process or another.
         self._members: dict[str, list[int]] = {}
         self._ends: dict[str, list[int]] = {}

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from trainonce.wire.messages import Generation
     from trainonce.worker.fabric import Fabric
     from trainonce.worker.inner import InnerGroup
-    from trainonce.worker.oplog import GroupLog, Op
+    from trainonce.worker.oplog import GroupLog, Op, Outcome
     from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
 
@@ -92,7 +92,7 @@ class Handover:
         self._newcomer = not runner.promotion.done
         self._took_over = False
         self._entered_at = 0
-        self._recalled: tuple[str, list[torch.Tensor]] | None = None
+        self._recalled: Outcome | None = None
         self.private = False
         self.sample: Callable[[], Any] | None = None
 
@@ -143,7 +143,7 @@ class Handover:
         self._ddps.ordinal(ddp)
         return self._newcomer
 
-    def recall(self) -> tuple[str, list[torch.Tensor]] | None:
+    def recall(self) -> Outcome | None:
         """Take the kept result of the collective that `emulate` was asked about last."""
         recalled, self._recalled = self._recalled, None
         return recalled

@@ -25,17 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-    import torch
-
     from trainonce.wire.progress import Progress
     from trainonce.worker.cursor import Cursor, Position
     from trainonce.worker.loops import Loops
-    from trainonce.worker.oplog import Op
+    from trainonce.worker.oplog import Op, Outcome
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Protected
-
-# Signature and results of a collective.
-Recalled = tuple[str, list["torch.Tensor"]]
 
 _SLACK_BYTES = 64 << 10
 # A larger result of a collective between steps is not kept: it would be written at each commit.
@@ -136,7 +131,7 @@ class LocalState:
                 value = {self._world_size: (op.signature, results)}
                 self.values.add(position, value, lambda at: self._cursor.is_live(at, latest))
 
-    def result(self, position: Position) -> Recalled | None:
+    def result(self, position: Position) -> Outcome | None:
         """Return what the collective at `position` gave among as many ranks; None if not kept."""
         known, value = self.values.get(position)
         return value.get(self._world_size) if known else None

@@ -37,6 +37,9 @@ MOST_OUTSIDE_BYTES = 1 << 30
 # anew: a newcomer asks for it in whatever step is its first.
 STAGES = -3
 
+# What an operation gave: its signature, and the tensors.
+Outcome = tuple[str, list[torch.Tensor]]
+
 # Kinds of messages.
 SEND, RECEIVE = "send", "recv"
 
@@ -177,7 +180,7 @@ class OpLog:
         self.ranks = ranks
         self.ops: dict[int, dict[int, Op]] = {}
         self._issued: dict[int, int] = {}
-        self._replay: dict[tuple[int, int], tuple[str, list[torch.Tensor]]] = {}
+        self._replay: dict[tuple[int, int], Outcome] = {}
         self._turns = 0
 
     def add(self, op: Op, interval: int) -> bool:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from trainonce.worker.cursor import Position
     from trainonce.worker.durable import Durable
     from trainonce.worker.fabric import Fabric
-    from trainonce.worker.oplog import Op
+    from trainonce.worker.oplog import Op, Outcome
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Image, Protected
     from trainonce.worker.step import Step
@@ -680,9 +680,7 @@ class Runner:
         """Take note of a collective that the script issues between steps."""
         self.local.note_collective(self.cursor.enter_collective(), op)
 
-    def recall(
-        self, kind: str, tensors: list[torch.Tensor]
-    ) -> tuple[bool, tuple[str, list[torch.Tensor]] | None]:
+    def recall(self, kind: str, tensors: list[torch.Tensor]) -> tuple[bool, Outcome | None]:
         """Answer a collective that the script comes to once more, if it does.
 
         Returns:
@@ -718,7 +716,7 @@ class Runner:
         self.means.commit(self.local.restore(self.protected, payload, commits, returned))
 
 
-def _could_be(recalled: tuple[str, list[torch.Tensor]], kind: str, tensors: Any) -> bool:
+def _could_be(recalled: Outcome, kind: str, tensors: Any) -> bool:
     """Tell whether a kept result is of such a collective."""
     signature, results = recalled
     if signature.partition("(")[0] != kind:

@@ -138,11 +138,7 @@ class Variables:
                 if kind is not _Kind.NUMBER:
                     size = _size(value, left)
                     if size > left:
-                        if kind is _Kind.CONTAINER:
-                            large = (id(value), len(value))
-                            if self._large.setdefault((key, name), large) != large:
-                                self._left_out.add(name)
-                        else:
+                        if kind is not _Kind.CONTAINER or self._has_changed(key, name, value):
                             self._left_out.add(name)
                         continue
                     if size < 0:
@@ -152,6 +148,11 @@ class Variables:
             if key not in self._first:
                 self._first[key] = {name: copy_tree(value) for name, value in present.items()}
             yield key, present, scope
+
+    def _has_changed(self, key: str, name: str, value: Any) -> bool:
+        """Tell whether a container that is too large is another, or of another length, by now."""
+        large = (id(value), len(value))
+        return self._large.setdefault((key, name), large) != large
 
     def restore(self, data: bytes | memoryview) -> None:
         """Remember what a predecessor took, for `assign`."""
@@ -256,14 +257,11 @@ def _scopes(frame: FrameType) -> Iterator[tuple[str, _Scope]]:
         if module.partition(".")[0] not in _NOT_THE_USERS:
             key = f"{module}.{code.co_qualname}"
             values: Any = here.f_locals
-            if values is here.f_globals:
-                objects = _objects(values)
-                yield key, _Scope(values)
-                yield from ((f"{key}.{name}", _Scope(vars(value))) for name, value in objects)
-                return
             objects = _objects(values)
             yield key, _Scope(values, here if code.co_flags & inspect.CO_OPTIMIZED else None)
             yield from ((f"{key}.{name}", _Scope(vars(value))) for name, value in objects)
+            if values is here.f_globals:
+                return
         here = here.f_back
 
 

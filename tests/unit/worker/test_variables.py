@@ -19,15 +19,7 @@ class Training:
         self.taken = b""
         self.takes_over = False
 
-    def call(self):
-        frame = sys._getframe(1)
-        if self.takes_over:
-            self.variables.assign(frame)
-            self.takes_over = False
-        else:
-            self.taken = self.variables.take(frame)
-
-    def step(self, value):
+    def call(self, value=None):
         frame = sys._getframe(1)
         if self.takes_over:
             self.variables.assign(frame)
@@ -218,7 +210,7 @@ def test_a_sum_with_what_a_step_returns_is_right():
         for value in values:
             if training.takes_over:
                 training.variables.anticipate(sys._getframe())
-            total += training.step(value)
+            total += training.call(value)
         return total
 
     training = Training()

@@ -34,7 +34,7 @@ record(
     run.rank, forked="fork_server" in parent, mark=os.environ["MARK"], folder=os.getcwd(),
     main=sys.modules["__main__"].__file__, arguments=sys.argv[1:],
 )
-print(f"rank {run.rank}", flush=True)
+os.write(1, f"rank {run.rank}\\n".encode())  # print writes text and newline apart: ranks mix
 if "leave" in sys.argv and run.rank == 1 and os.fork() == 0:
     os.setsid()
     signal.pause()

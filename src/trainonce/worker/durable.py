@@ -1,9 +1,9 @@
 """Durable checkpoints from inside the training loop.
 
 Which commit a checkpoint is taken at must be the same on all ranks, without a vote at every
-step. So rank 0 broadcasts, about twice a second and behind the next step's computation, what
-is to be done and when it will broadcast next. The broadcast issued after commit n is read
-before commit n + 1, where all ranks act on it.
+step. So rank 0 broadcasts, about twice a second (more often where steps are short) and behind
+the next step's computation, what is to be done and when it will broadcast next. The broadcast
+issued after commit n is read before commit n + 1, where all ranks act on it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from trainonce.worker.state import Protected
 
 _POLL_EVERY_S = 0.5
+# Steps may become much longer than those that the distance to the next poll was computed from.
+_POLL_EVERY_STEPS = 64
 _FIRST_INTERVAL_S = 300.0
 _SHORTEST_INTERVAL_S = 30.0
 # Note in the manifest: not all ranks hold the same names, so names have a prefix.
@@ -128,7 +130,7 @@ class Durable:
             return self._next_poll, Command.NOTHING
         (order, work), self._poll = self._poll, None
         work.wait()
-        command, next_poll, _ = order.tolist()
+        command, next_poll = order.tolist()
         return next_poll, Command(command)
 
     def adopt(self, poll: tuple[int, Command]) -> None:
@@ -154,7 +156,8 @@ class Durable:
             command |= Command.SAVE
             self._reason = self._reason or "interval"
         step_s = max(self._runner.progress["step_ns"] * 1e-9, 1e-6)
-        return [int(command), self._runner.commits + max(1, round(_POLL_EVERY_S / step_s)), 0]
+        distance = min(max(1, round(_POLL_EVERY_S / step_s)), _POLL_EVERY_STEPS)
+        return [int(command), self._runner.commits + distance]
 
     # ------------------------------------------------------------------ giving it to a newcomer
 

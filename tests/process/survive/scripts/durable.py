@@ -1,6 +1,8 @@
 """Many short steps over a shuffled loader, with frequent checkpoints and compared replicas."""
 
 import argparse
+import time
+from pathlib import Path
 
 import torch
 from pieces import WIDTH, mlp
@@ -13,6 +15,7 @@ options = argparse.ArgumentParser()
 options.add_argument("--steps", type=int, default=300)
 options.add_argument("--every", type=float, default=0.2)
 options.add_argument("--verify", type=int, default=0)
+options.add_argument("--slow-until-saved", type=Path, help="the job's home")
 options = options.parse_args()
 
 run = trainonce.init(seed=2, checkpoint_every_s=options.every)
@@ -36,7 +39,14 @@ def train(x, y, ids):
     return loss.detach()
 
 
+def saved():
+    folders = options.slow_until_saved.glob("jobs/*/checkpoints/step-?????????")
+    return any(int(folder.name[-9:]) for folder in folders)
+
+
 for x, y, ids in run.batches(loader, max_steps=options.steps):
+    if options.slow_until_saved and run.step_index > 100 and not saved():
+        time.sleep(0.1)  # a longer step: checkpoints come with time, faults with steps
     train(x, y, ids)
 
 record(

@@ -80,7 +80,9 @@ def test_a_job_of_one_rank_survives_its_own_crash(tmp_path):
         SCRIPT, "plain", "shard:1", nproc_per_node=1, chaos="; ".join(faults), home=tmp_path / "a"
     )
     result.assert_completed()
-    result.assert_fired("kill", times=2, cause="signal", served_by="shadow", steps_lost=0)
+    result.assert_fired("kill", times=2, cause="signal", served_by="shadow")
+    # In the backward pass the copy of the last commit may not be whole yet; by the update it is.
+    assert [incident.steps_lost for incident in result.incidents] in ([0, 0], [1, 0])
     result.assert_same_state(calm)
 
 

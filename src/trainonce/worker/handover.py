@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import base64
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from trainonce.errors import (
     CollectiveError,
-    ConfigError,
     RecoveryError,
     StateMismatchError,
     TrainOnceError,
@@ -28,7 +25,6 @@ from trainonce.worker.oplog import (
     STAGES,
     UNSHARED,
     Channel,
-    bucket_order_interval,
 )
 from trainonce.worker.shadow import fill
 from trainonce.worker.shards import stripe
@@ -46,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
-    from torch.nn.parallel import DistributedDataParallel
+    import torch
 
     from trainonce.wire.messages import Generation
     from trainonce.worker.fabric import Fabric
@@ -54,10 +50,9 @@ if TYPE_CHECKING:
     from trainonce.worker.oplog import GroupLog, Op, Outcome
     from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
+    from trainonce.worker.sources import Sources
 
 _POLL_S = 0.005
-# Commits after which a DDP, one with a static graph included, settles its buckets.
-_SETTLED = 2
 
 
 class _RehearsalOver(BaseException):
@@ -70,31 +65,25 @@ class Handover:
     Args:
         runner: The steps and their state.
         fabric: The groups.
+        sources: The loaders, for rehearsals.
         device: Where the model lives, for rehearsals.
     """
 
-    def __init__(self, runner: Runner, fabric: Fabric, device: torch.device) -> None:
+    def __init__(
+        self, runner: Runner, fabric: Fabric, sources: Sources, device: torch.device
+    ) -> None:
         self._runner = runner
         self._fabric = fabric
+        self._sources = sources
         self._device = device
-        self._ddps = torch_private.DdpRegistry()
-        self.pipelines = torch_private.PipelineRegistry(self._preparing_stages)
-        self._ordering: int | None = None
-        self._trained: dict[int, int] = {}
-        self._young: dict[int, int] = {}
-        self._used_maps: list[int] = []
-        # DDPs that have settled the order of their buckets, here and in the predecessor.
-        self._ordered: set[int] = set()
-        self._ordered_before: set[int] = set()
+        self._passes = runner.passes
         self._restorable = threading.Event()
         self._formed = threading.Event()
         self._job_commits = threading.Event()
         self._newcomer = not runner.promotion.done
         self._took_over = False
         self._entered_at = 0
-        self._recalled: Outcome | None = None
-        self.private = False
-        self.sample: Callable[[], Any] | None = None
+        self._private = False
 
     @property
     def is_newcomer(self) -> bool:
@@ -113,6 +102,15 @@ class Handover:
 
     # ------------------------------------------------------------------ operations
 
+    @contextmanager
+    def in_private(self) -> Generator[None]:
+        """Within it, collectives of the set-up are ours, and not repeated by a successor."""
+        self._private = True
+        try:
+            yield
+        finally:
+            self._private = False
+
     @property
     def in_step(self) -> bool:
         """Whether a step is under way."""
@@ -128,131 +126,39 @@ class Handover:
             if kind == "broadcast" and torch_private.rebuilding_ddp() is not None:
                 raise _RehearsalOver
             return True
-        if self._used_maps and self._is_used_map(kind, tensors):
+        if self._passes.is_used_map(kind, tensors):
             return True
         if self._fabric.stages_late and kind not in (SEND, RECEIVE):
             # Only shapes matter there; but a DDP may be about to settle its buckets.
-            return not self.orders_buckets()
+            return not self._passes.orders_buckets()
         if self._fabric.interval != SETUP:
-            again, recalled = self._runner.recall(kind, tensors)
-            self._recalled = recalled
-            return again and recalled is None
+            replay = self._runner.replay
+            behind = not self._runner.inside and replay.is_behind_others(kind, tensors)
+            return behind and not replay.has_recalled
         ddp = torch_private.constructing_ddp()
         if ddp is None:
             return False
-        self._ddps.ordinal(ddp)
+        self._passes.add(ddp)
         return self._newcomer
 
     def recall(self) -> Outcome | None:
         """Take the kept result of the collective that `emulate` was asked about last."""
-        recalled, self._recalled = self._recalled, None
-        return recalled
-
-    def _is_used_map(self, kind: str, tensors: list[torch.Tensor]) -> bool:
-        """Recognise what a static graph reduces in its first pass only, which others are past."""
-        if kind != "all_reduce" or tensors[0].dtype != torch.int32:
-            return False
-        if tensors[0].numel() not in self._used_maps:
-            return False
-        self._used_maps.remove(tensors[0].numel())
-        return True
-
-    def passes(self) -> dict[str, Any]:
-        """Return what a successor of this rank must know of its DDPs and pipelines."""
-        return {
-            "ordered": sorted(self._ordered),
-            "pipelines": copy_tree(self.pipelines.turns),
-            "syncs": [
-                ordinal
-                for ordinal, ddp in self._ddps.living()
-                if torch_private.syncs_buffers_next(ddp)
-            ],
-        }
-
-    def return_to_commit(self) -> None:
-        """Let each DDP broadcast its buffers in the next pass exactly if it did so before."""
-        syncs: list[int] = self._runner.local.passes_before.get("syncs", [])
-        for ordinal, ddp in self._ddps.living():
-            torch_private.sync_buffers_next(ddp, ordinal in syncs)
-
-    def pass_over(self) -> None:
-        """Leave each DDP as a step that is skipped left it: its next pass broadcasts buffers."""
-        for _, ddp in self._ddps.living():
-            torch_private.sync_buffers_next(ddp, True)
-
-    @contextmanager
-    def _preparing_stages(self, schedule: Any, ready: bool, stages: list[Any]) -> Generator[bool]:
-        """Surround the part in which a pipeline's stages tell each other their shapes.
-
-        They do so when a schedule is first used, and whenever it changes between training and
-        evaluation. For a process that took a rank over it is the predecessor's changes that
-        count, so that it does what the others do in the same step. Beyond that its stages have to
-        get ready once by themselves: served what the others said, with no trace left.
-
-        Yields:
-            Whether they get ready although they are.
-        """
-        fabric, pipelines = self._fabric, self.pipelines
-        if self._runner.rehearsing:
-            yield False
-            return
-        name, trains = pipelines.name(schedule), torch_private.trains(schedule)
-        if not name:
-            raise ConfigError(
-                f"a {type(schedule).__name__} of torch.distributed.pipelining was made after the"
-                " first step began",
-                hint="make schedules before run.protect, so that every process knows them alike",
-            )
-        turn, trained = pipelines.turns.get(name, (0, None))
-        with_others = trains != trained
-        if ready and not with_others:
-            yield False
-            return
-        if with_others:
-            turn += 1
-            pipelines.turns[name] = [turn, trains]
-        if turn > 1 and any(map(torch_private.is_traced, stages)):
-            raise CollectiveError(
-                "a schedule of traced stages changes between training and evaluation",
-                hint="build stages with PipelineStage, or evaluate with a schedule of their own",
-            )
-        if fabric.interval == SETUP:
-            yield True
-            return
-        fabric.begin_stages(name, turn, late=not with_others)
-        buffers = [buffer for stage in stages for buffer in stage.submod.buffers()]
-        copies = [] if with_others else [buffer.clone() for buffer in buffers]
-        try:
-            with ExitStack() as stack:
-                if not with_others:
-                    # A DDP that sees this pass would reduce in the next backward pass.
-                    for _, ddp in self._ddps.living():
-                        stack.enter_context(ddp.no_sync())
-                yield True
-        finally:
-            fabric.end_stages()
-            for buffer, copy in zip(buffers, copies, strict=False):
-                buffer.data.copy_(copy)
+        return self._runner.replay.recalled()
 
     def before_submit(self, log: GroupLog | Channel, op: Op) -> int | None:
         """Place an operation, and let the step prepare for it."""
-        if self._ordering is not None:
-            return bucket_order_interval(self._ordering)
         if self._fabric.interval == SETUP:
-            if self.private or torch_private.constructing_ddp() is not None:
+            if self._private or torch_private.constructing_ddp() is not None:
                 return UNSHARED
             self._runner.promotion.park("collective")
             return None
-        if op.kind == "broadcast" and op.signature.startswith("broadcast(int32"):
-            ddp = torch_private.rebuilding_ddp()
-            if ddp is not None:
-                ordinal = self._ddps.ordinal(ddp)
-                self._ordered.add(ordinal)
-                return bucket_order_interval(ordinal)
+        interval = self._passes.interval_of(op)
+        if interval is not None:
+            return interval
         if isinstance(log, Channel):
             self._check_messages()
         if not self._runner.inside:
-            self._runner.collective_between(op)
+            self._runner.replay.note_collective(op)
         self._runner.before_operation(spans_world=log.spans_world)
         return STAGES if isinstance(log, Channel) and log.stages else None
 
@@ -270,10 +176,6 @@ class Handover:
                 "torch.distributed.pipelining was imported inside a step",
                 hint="import it at the top of the script",
             )
-
-    def orders_buckets(self) -> bool:
-        """Tell whether a DDP is settling the order of its buckets on this thread."""
-        return self._ordering is not None or torch_private.rebuilding_ddp() is not None
 
     def after_submit(self) -> None:
         """Let the fault plan act once an operation is issued."""
@@ -334,38 +236,13 @@ class Handover:
     def _describe_rest(self) -> dict[str, Any]:
         runner = self._runner
         return {
-            "trained": list(self._trained.items()),
+            "trained": self._passes.trained(),
             "profiles": runner.profiles.to_record(),
             "returned": base64.b64encode(encoding.encode(runner.local.returned())).decode(),
             "started_at": runner.started_at,
             "reduces_means": runner.means.reduced(runner.commits),
             "poll": runner.durable.record() if runner.durable is not None else None,
         }
-
-    def watch_passes(self, trained: dict[int, int]) -> None:
-        """Count from now on the commits that train each DDP, beginning with `trained`.
-
-        Two are enough to know: by then a DDP is about to settle the order of its buckets.
-        """
-        self._trained = dict(trained)
-        self._young = {
-            ordinal: _version_of(ddp)
-            for ordinal, ddp in self._ddps.living()
-            if self._trained.get(ordinal, 0) < _SETTLED
-        }
-        self._runner.on_commit = self._count_passes
-
-    def _count_passes(self) -> None:
-        if not self._young:
-            return
-        for ordinal, ddp in self._ddps.living():
-            version = _version_of(ddp)
-            if ordinal not in self._young or self._young[ordinal] == version:
-                continue
-            self._young[ordinal] = version
-            self._trained[ordinal] = self._trained.get(ordinal, 0) + 1
-            if self._trained[ordinal] >= _SETTLED:
-                del self._young[ordinal]
 
     # ------------------------------------------------------------------ taking
 
@@ -426,18 +303,10 @@ class Handover:
         runner.begin_at(commits, started_at=record["started_at"])
         runner.means.expect(record["reduces_means"], commits)
         runner.profiles.load(record["profiles"])
-        self._ordered_before = set(runner.local.passes_before.get("ordered", ()))
-        self.take_turns()
-        self.watch_passes(dict(record["trained"]))
+        self._passes.watch(dict(record["trained"]))
         if runner.durable is not None and record["poll"] is not None:
             runner.durable.restore(record["poll"])
         runner.restored()
-
-    def take_turns(self) -> None:
-        """Count on from where the predecessor's pipelines were at the last commit."""
-        turns = self._runner.local.passes_before.get("pipelines")
-        if turns is not None:
-            self.pipelines.turns = copy_tree(turns)
 
     def _take_shards(self, plan: Plan) -> None:
         runner = self._runner
@@ -481,33 +350,10 @@ class Handover:
         self._formed.wait()
         self._newcomer = False
         self._took_over, self._entered_at = True, runner.commits
-        self._adopt_buckets(rehearsed=rehearsed > 0)
+        for action in self._passes.adopt(rehearsed=rehearsed > 0):
+            runner.at_next_commit(action)
         runner.means.reduce(runner.commits)
         runner.follow_up()
-
-    def _adopt_buckets(self, *, rehearsed: bool) -> None:
-        """Bring each DDP to where the survivors' is: its bucket order, its first pass behind it."""
-        for ordinal, ddp in self._ddps.living():
-            trained = self._trained.get(ordinal, 0)
-            first_pass_missed = ddp.static_graph and trained > 0 and not rehearsed
-            if first_pass_missed:
-                self._used_maps.append(sum(p.requires_grad for p in ddp.parameters()))
-            # An order that was settled within the step in flight is asked for in that step.
-            known = self._fabric.knows(bucket_order_interval(ordinal))
-            if known and ordinal in self._ordered_before:
-                self._ordered.add(ordinal)
-                self._ordering = ordinal
-                try:
-                    torch_private.rebuild_buckets(ddp)
-                finally:
-                    self._ordering = None
-            elif trained > int(ddp.static_graph):
-                torch_private.mark_all_parameters_ready(ddp)
-            elif first_pass_missed:
-                # A static graph is rebuilt one step later than others.
-                self._runner.at_next_commit(
-                    lambda ddp=ddp: torch_private.mark_all_parameters_ready(ddp)
-                )
 
     def _rehearse(self) -> int:
         """Execute each step once on a sample batch, then put everything back.
@@ -517,7 +363,8 @@ class Handover:
         is that of the other ranks, and not known yet.
         """
         runner = self._runner
-        if self.sample is None or runner.protected is None:
+        sample = self._sources.sample()
+        if sample is None or runner.protected is None:
             return 0
         rehearsed = 0
         image = runner.protected.image()
@@ -525,7 +372,7 @@ class Handover:
         hooks = copy_tree(runner.protected.hooks.read())
         runner.rehearsing = True
         try:
-            batch = self.sample()
+            batch = sample()
             for step in runner.steps:
                 rehearsed += call_with_batch(step.function, batch, self._device)
         except TrainOnceError:
@@ -541,15 +388,9 @@ class Handover:
         finally:
             for _, parameter in runner.protected.parameters():
                 parameter.grad = None
-            for _, ddp in self._ddps.living():
-                torch_private.forget_passes(ddp)
+            self._passes.forget()
             runner.protected.restore(image)
             runner.protected.load_small(small)
             runner.protected.hooks.load(hooks)
             runner.rehearsing = False
         return rehearsed
-
-
-def _version_of(ddp: DistributedDataParallel) -> int:
-    """Return a number that grows whenever a parameter of `ddp` is written to."""
-    return sum(parameter._version for parameter in ddp.parameters())

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from trainonce.worker.cursor import Cursor, Position
     from trainonce.worker.loops import Loops
     from trainonce.worker.oplog import Op, Outcome
+    from trainonce.worker.passes import Passes
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Protected
 
@@ -46,6 +47,7 @@ class LocalState:
         progress: Page on which samples and tokens are counted.
         cursor: The place of the last commit.
         loops: The open loops.
+        passes: What DDPs and pipelines of this process have settled.
         notify: Sends a message to the launcher, and descriptors with it.
     """
 
@@ -57,6 +59,7 @@ class LocalState:
         progress: Progress,
         cursor: Cursor,
         loops: Loops,
+        passes: Passes,
         notify: Callable[..., object],
     ) -> None:
         self.user: dict[str, Any] = {}
@@ -70,15 +73,12 @@ class LocalState:
         self._progress = progress
         self._cursor = cursor
         self._loops = loops
+        self._passes = passes
         self._notify = notify
         self._head: tuple[dict[str, Any], bytes] | None = None
         self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
         self.variables = Variables()
         self._variables = b""
-        self.passes: Callable[[], dict[str, Any]] = dict
-        """Returns what DDPs and pipelines of this process have settled, as plain values."""
-        self.passes_before: dict[str, Any] = {}
-        """What those of the predecessor had, at its last commit."""
 
     # ------------------------------------------------------------------ publishing
 
@@ -151,7 +151,7 @@ class LocalState:
             "buffers": protected.local_buffers() if protected.has_buffers else {},
             "hooks": protected.hooks.read(),
             "loops": self._loops.record(),
-            "passes": self.passes(),
+            "passes": self._passes.record(),
             "means": [mean.local for mean in means],
             "samples": self._progress["samples"],
             "tokens": self._progress["tokens"],
@@ -251,7 +251,7 @@ class LocalState:
         if record.get("hooks"):  # checkpoints of before have none
             protected.hooks.load(record["hooks"])
         self._loops.restore(record["loops"])
-        self.passes_before = record.get("passes", {})
+        self._passes.restore(record.get("passes", {}))
         self._progress["samples"] = record["samples"]
         self._progress["tokens"] = record["tokens"]
         self.payload, self._payload_commits = payload, commits

@@ -7,16 +7,13 @@ state to a process that does, is in `handover`.
 from __future__ import annotations
 
 import os
-import struct
 import threading
-import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from trainonce.errors import CollectiveError, ConfigError, StepError
-from trainonce.events import ValueLost
 from trainonce.wire.messages import Drained, Note, Ready, Report
 from trainonce.wire.progress import Phase
 from trainonce.worker.cursor import Cursor
@@ -25,6 +22,8 @@ from trainonce.worker.gate import UpdateGate
 from trainonce.worker.local import LocalState
 from trainonce.worker.loops import Loops
 from trainonce.worker.means import Means
+from trainonce.worker.passes import Passes
+from trainonce.worker.replay import Replay
 from trainonce.worker.shadow import Shadow
 from trainonce.worker.shards import copy_holders
 from trainonce.worker.step import (
@@ -34,31 +33,26 @@ from trainonce.worker.step import (
     seed_between,
     seed_section,
 )
+from trainonce.worker.telemetry import Telemetry
 from trainonce.worker.values import (
     MAX_MEANS,
     LazyMean,
-    lost,
     outline,
 )
-from trainonce.worker.verify import compare_replicas
+from trainonce.worker.verify import compare_replicas, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-    from types import FrameType
 
     from trainonce.wire.progress import Progress
-    from trainonce.worker.cursor import Position
     from trainonce.worker.durable import Durable
     from trainonce.worker.fabric import Fabric
-    from trainonce.worker.oplog import Op, Outcome
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Image, Protected
     from trainonce.worker.step import Step
-    from trainonce.worker.torch_private import PipelineRegistry
 
 # Ranks that keep a copy of the state from before an update, where a step needs one.
 _HOLDERS = (0, 1)
-_NAN_BITS = struct.unpack("<q", struct.pack("<d", float("nan")))[0]
 
 
 class Runner:
@@ -98,16 +92,28 @@ class Runner:
             fault_point=self.injector.at,
             inside_step=lambda: self.commits if self.executing or self.rehearsing else None,
             cannot_count=self._tell_of_enumerate,
-            begin=self._begin_iteration,
+            begin=lambda frame: self.replay.begin_iteration(frame),
         )
+        self.passes = Passes(fabric, lambda: self.rehearsing)
         self.local = LocalState(
             world_size=world_size,
             promotion=promotion,
             progress=progress,
             cursor=self.cursor,
             loops=self.loops,
+            passes=self.passes,
             notify=notify,
         )
+        self.replay = Replay(
+            cursor=self.cursor,
+            local=self.local,
+            loops=self.loops,
+            passes=self.passes,
+            promotion=promotion,
+            return_state=self._return_state,
+            notify=notify,
+        )
+        self.telemetry = Telemetry(progress, self.loops)
         self.means = Means(world_size)
         self.protected: Protected | None = None
         self.steps: list[Step[Any, Any]] = []
@@ -127,19 +133,11 @@ class Runner:
         self.started_at = 0
         self.drain_requested = threading.Event()
         self.prepare: Callable[[], None] = lambda: None
-        self.passes_return_to_commit: Callable[[], None] = lambda: None
-        self.pass_over: Callable[[], None] = lambda: None
-        self.pipelines: PipelineRegistry | None = None
-        self.on_commit: Callable[[], None] = lambda: None
         self._entered = False
         self.profiles = StepProfiles()
         self._calls = 0
         self._at_commit: list[Callable[[], object]] = []
-        self._waited_ns = 0
-        self._waiting_since_ns = 0
         self.after_commit: list[Callable[[], object]] = []
-        self._tokens = 0
-        self._flops = 0
         self._meeting = False
 
     @property
@@ -225,16 +223,16 @@ class Runner:
             )
         self._entered = self.inside = True
         try:
-            if self.pipelines is not None:
-                self.pipelines.watch()
-                self.pipelines.closed = True
+            if self.fabric is not None:
+                self.passes.pipelines.watch()
+                self.passes.pipelines.closed = True
             self.prepare()
         finally:
             self.inside = False
-        if self.cursor.behind:
+        if self.replay.is_under_way:
             self.protected.keep_buffers()
         self.injector.watch(self.protected.modules.values())
-        self._set_phase(Phase.BETWEEN)
+        self.telemetry.enter(Phase.BETWEEN)
 
     def begin_at(self, commits: int, *, started_at: int) -> None:
         """Stand at `commits` committed steps, ready for the next.
@@ -278,8 +276,8 @@ class Runner:
     def begin(self, execution: Execution) -> None:
         """Begin to execute a step."""
         assert self.protected is not None
-        if self.cursor.behind:  # the script took another way than before
-            self._return_to_commit(execution.caller)
+        if self.replay.is_under_way:  # the script took another way than before
+            self.replay.finish(execution.caller)
         self.injector.at("between")
         self.protected.check_unchanged()
         self.local.take_variables(execution.caller)
@@ -290,13 +288,10 @@ class Runner:
             self.shadow.wait()
             if self._holds_copies():
                 self.image = self.protected.image()
-        execution.waited_before_ns = self._waited_ns
         self.execution = execution
         if self.fabric is not None:
             self.fabric.early = self.world_size > 1 and self._always_together
-        self.progress["section_mono_ns"] = execution.begun_mono_ns
-        self.progress["section"] += 1
-        self._set_phase(Phase.COMPUTING)
+        self.telemetry.begin_step(execution)
         self.injector.at("begin")
 
     def before_operation(self, *, spans_world: bool) -> None:
@@ -308,8 +303,7 @@ class Runner:
             execution.kind = max(execution.kind, UpdateKind.LATE)
             execution.meets_again |= spans_world
         else:
-            spent_ns = time.monotonic_ns() - execution.begun_mono_ns
-            execution.busy_ns = spent_ns - (self._waited_ns - execution.waited_before_ns)
+            self.telemetry.note_busy(execution)
             if execution.profile.kind >= UpdateKind.OPAQUE and protected.parameters_changed():
                 execution.kind = UpdateKind.OPAQUE
         if self.gate.updating:
@@ -387,7 +381,7 @@ class Runner:
             elif kind is UpdateKind.LATE and self._holds_copies():
                 self.image = self.protected.image()
             execution.stepped = True
-            self._set_phase(Phase.UPDATING)
+            self.telemetry.enter(Phase.UPDATING)
         self.injector.at("update")
 
     def complete(self, execution: Execution, value: Any) -> Any:
@@ -398,7 +392,7 @@ class Runner:
         if not self._commits_now(execution):
             self._calls += 1
             self.execution = None
-            self._set_phase(Phase.BETWEEN)
+            self.telemetry.enter(Phase.BETWEEN)
             return value
         if self.fabric is not None and self.world_size > 1:
             # Bounds how far ranks drift apart, and lets the log of the step before go.
@@ -499,12 +493,12 @@ class Runner:
         self.protected.capture()
         self.image = None
         self.execution = None
-        self._show_progress(execution, value)
+        self.telemetry.end_step(execution, value, self.commits)
 
     def _after_commit(self) -> None:
         if self.drain_requested.is_set():
             self.shadow.wait()
-            self._set_phase(Phase.DRAINED)
+            self.telemetry.enter(Phase.DRAINED)
             self.notify(Drained(step=self.commits))
             threading.Event().wait()
         self.follow_up()
@@ -530,30 +524,16 @@ class Runner:
             step=self.commits,
             shards=self.shards or [""] * self.world_size,
         )
-        if differ is None or self.rank != 0:
-            return
-        self.notify(Report(event=differ.to_record()))
-        names = ", ".join(differ.names[:3]) + (", …" if len(differ.names) > 3 else "")
-        ending = (
-            f"repaired from rank {differ.repaired_from}"
-            if differ.repaired_from >= 0
-            else "no majority, so nobody knows which copy is right"
-        )
-        self.notify(
-            Note(
-                key=f"corruption-{self.commits}",
-                level="warning",
-                text=f"replicas differ at step {self.commits}: {names} on rank"
-                f" {', '.join(map(str, differ.odd_ranks))}; {ending}",
-            )
-        )
+        if differ is not None and self.rank == 0:
+            self.notify(Report(event=differ.to_record()))
+            self.notify(Note(key=f"corruption-{self.commits}", level="warning", text=tell(differ)))
 
     def at_next_commit(self, action: Callable[[], object]) -> None:
         """Call `action` at the next commit, once."""
         self._at_commit.append(action)
 
     def _act_at_commit(self) -> None:
-        self.on_commit()
+        self.passes.count_commit()
         actions, self._at_commit = self._at_commit, []
         for action in actions:
             action()
@@ -582,13 +562,6 @@ class Runner:
 
     # ------------------------------------------------------------------ metrics
 
-    def count(self, tokens: int, flops: int, peak_flops: int | None) -> None:
-        """Add to what the open step has processed."""
-        self._tokens += tokens
-        self._flops += flops
-        if peak_flops is not None:
-            self.progress["peak_flops"] = peak_flops
-
     def mean(self, value: torch.Tensor | float) -> LazyMean:
         """Return the average of `value` over all ranks, reduced after the commit."""
         local = value.detach() if isinstance(value, torch.Tensor) else value
@@ -604,105 +577,18 @@ class Runner:
         self.execution.means.append(mean)
         return mean
 
-    def _show_progress(self, execution: Execution, value: Any) -> None:
-        now = time.monotonic_ns()
-        page = self.progress
-        page["samples"] += self.loops.take_samples()
-        page["tokens"] += self._tokens
-        page["flops"] = self._flops
-        self._tokens = self._flops = 0
-        page["step_ns"] = now - execution.begun_mono_ns
-        page["busy_ns"] = execution.busy_ns or page["step_ns"]
-        page["loader_ns"] = self.loops.take_waited_ns()
-        page["section_mono_ns"] = 0
-        page["loss_bits"] = _scalar_bits(value)
-        page["commits"] = self.commits
-        self._set_phase(Phase.BETWEEN)
-
-    def _set_phase(self, phase: Phase) -> None:
-        self.progress["phase"] = phase
-        self.progress["changed_mono_ns"] = time.monotonic_ns()
-
     def show_waiting(self, waiting: bool) -> None:
         """Say that the training thread waits in a collective, or no longer does."""
-        now = time.monotonic_ns()
-        if waiting:
-            self._waiting_since_ns = now
-        else:
-            self._waited_ns += now - self._waiting_since_ns
         inside = Phase.COMPUTING if self.execution is not None else Phase.BETWEEN
-        self._set_phase(Phase.WAITING if waiting else inside)
+        self.telemetry.wait(begins=waiting, inside=inside)
 
-    # ------------------------------------------------------------------ recorded values
+    # ------------------------------------------------------------------ another process's commits
 
-    def recorded(self, position: Position, caller: FrameType) -> Any:
-        """Return what the committed step at `position` returned, or LOST.
-
-        Args:
-            position: Of the call.
-            caller: Where it is called.
-        """
-        known, value = self.local.values.get(position)
-        if position != self.cursor.committed:
-            self.local.variables.begin(caller)
-            self.pass_over()
-        elif self.cursor.behind:
-            self._return_to_commit(caller)
-            if not known:
-                self.notify(Report(event=ValueLost(rank=self.rank, step=self.commits).to_record()))
-        return value if known else lost(value)
-
-    def _begin_iteration(self, frame: FrameType) -> None:
-        if self.cursor.behind:
-            self.local.variables.anticipate(frame)
-
-    def _return_to_commit(self, caller: FrameType) -> None:
-        """Undo what code between steps did on its way here: it is part of the last commit."""
+    def _return_state(self) -> int:
         assert self.protected is not None
-        self.cursor.behind = False
         self.protected.return_to_commit()
-        self.local.return_to_commit(caller)
-        self.loops.return_to_commit()
-        self.passes_return_to_commit()
-        if self.local.variables.missing:
-            names = ", ".join(self.local.variables.missing[:5])
-            self.notify(
-                Note(
-                    key="variables-left-out",
-                    level="warning",
-                    text=f"variables of the script that are too large to come along when a rank is"
-                    f" taken over: {names}. What the script needs of them belongs in run.state",
-                )
-            )
         seed_between(self.seed, self.rank, self.commits)
-
-    def collective_between(self, op: Op) -> None:
-        """Take note of a collective that the script issues between steps."""
-        self.local.note_collective(self.cursor.enter_collective(), op)
-
-    def recall(self, kind: str, tensors: list[torch.Tensor]) -> tuple[bool, Outcome | None]:
-        """Answer a collective that the script comes to once more, if it does.
-
-        Returns:
-            Whether the last commit is still ahead, so that the other ranks have this collective
-            behind them; and its result where that was kept.
-        """
-        if not self.cursor.behind or self.inside:
-            return False, None
-        result = self.local.result(self.cursor.enter_collective())
-        if result is not None and not _could_be(result, kind, tensors):
-            result = None  # the script came here by another way
-        if result is None:
-            self.notify(
-                Note(
-                    key="collective-between",
-                    level="warning",
-                    text="a process that takes a rank over came to a collective between steps whose"
-                    " result was not kept: it got this rank's own contribution. Loops of"
-                    " run.batches and run.epochs do not go through what is long past",
-                )
-            )
-        return True, result
+        return self.commits
 
     def restore_record(self, payload: bytes, commits: int, returned: Any = None) -> None:
         """Take over the local state that a predecessor of this rank published.
@@ -714,29 +600,6 @@ class Runner:
         """
         assert self.protected is not None
         self.means.commit(self.local.restore(self.protected, payload, commits, returned))
-
-
-def _could_be(recalled: Outcome, kind: str, tensors: Any) -> bool:
-    """Tell whether a kept result is of such a collective."""
-    signature, results = recalled
-    if signature.partition("(")[0] != kind:
-        return False
-    return all(
-        (one.numel(), one.dtype) == (results[0].numel(), results[0].dtype) for one in tensors[:1]
-    )
-
-
-def _scalar_bits(value: Any) -> int:
-    """Return a recorded number as float64 bits, without waiting for a device."""
-    if isinstance(value, LazyMean):
-        number = value.local
-    elif isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        number = float(value)
-    elif isinstance(value, float):
-        number = value
-    else:
-        return _NAN_BITS
-    return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
 def leave(code: int) -> NoReturn:

@@ -122,7 +122,7 @@ class Step(Generic[P, R]):
         position = runner.cursor.enter_section()
         caller = sys._getframe(1)
         if runner.cursor.is_committed(position):
-            return runner.recorded(position, caller)
+            return runner.replay.value(position, caller)
         if runner.failure:
             raise StepError(
                 f"a step raised {runner.failure}, and was not finished",

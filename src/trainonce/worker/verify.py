@@ -75,6 +75,16 @@ def compare_replicas(tensors: Named, *, step: int, shards: Sequence[str]) -> Rep
     )
 
 
+def tell(differ: ReplicasDiffer) -> str:
+    """Return `differ` as one sentence."""
+    names = ", ".join(differ.names[:3]) + (", …" if len(differ.names) > 3 else "")
+    ending = "no majority, so nobody knows which copy is right"
+    if differ.repaired_from >= 0:
+        ending = f"repaired from rank {differ.repaired_from}"
+    ranks = ", ".join(map(str, differ.odd_ranks))
+    return f"replicas differ at step {differ.step}: {names} on rank {ranks}; {ending}"
+
+
 def _repair(tensor: torch.Tensor | None, ranks: list[int], source: int, num_bytes: int) -> None:
     """Broadcast over all ranks, some of which hold another part; `ranks` take it over."""
     data = torch.empty(num_bytes, dtype=torch.uint8)

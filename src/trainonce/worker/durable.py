@@ -187,7 +187,7 @@ class Durable:
         assert protected is not None
         replicas = protected.replicas
         owner, prefix = (0, "") if replicas is None else (replicas[0], _prefix(replicas[0]))
-        own = protected.own_names()
+        own = protected.states.own_names()
         mine = {
             prefix + name: tensor
             for name, tensor in protected.whole().items()
@@ -208,7 +208,7 @@ class Durable:
                 state=mine if first else None,
                 part=None if first else mine,
                 tree=tree,
-                split=replicas is not None or protected.keeps_a_part,
+                split=replicas is not None or protected.states.keeps_a_part,
                 model_names=names,
                 storage_dtypes=None if dtype is None else dict.fromkeys(names, dtype),
                 reason=reason,

@@ -17,6 +17,7 @@ from trainonce.wire import encoding
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
+from trainonce.worker.copies import copy_tree
 from trainonce.worker.fabric import Superseded
 from trainonce.worker.oplog import (
     RECEIVE,
@@ -29,7 +30,7 @@ from trainonce.worker.oplog import (
 from trainonce.worker.shadow import fill
 from trainonce.worker.shards import stripe
 from trainonce.worker.spare import call_with_batch
-from trainonce.worker.state import Image, copy_tree
+from trainonce.worker.state import Image
 from trainonce.worker.transfer import (
     agree_on_digest,
     receive_parts,

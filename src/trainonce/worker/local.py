@@ -14,10 +14,10 @@ from trainonce.errors import EncodingError
 from trainonce.wire import encoding
 from trainonce.wire.messages import Mirror as MirrorMessage
 from trainonce.wire.messages import Note
+from trainonce.worker.copies import assign_tree
 from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
 from trainonce.worker.mirror import Mirror
 from trainonce.worker.oplog import OpState
-from trainonce.worker.state import assign_tree
 from trainonce.worker.values import LazyMean, outline
 from trainonce.worker.variables import Variables
 

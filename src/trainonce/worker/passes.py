@@ -14,8 +14,8 @@ import torch
 
 from trainonce.errors import CollectiveError, ConfigError
 from trainonce.worker import torch_private
+from trainonce.worker.copies import copy_tree
 from trainonce.worker.oplog import SETUP, bucket_order_interval
-from trainonce.worker.state import copy_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

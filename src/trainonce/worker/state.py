@@ -13,29 +13,25 @@ part; `shards` tells which ranks hold the same one.
 from __future__ import annotations
 
 import base64
-import itertools
 import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from trainonce.errors import ConfigError, StateError, StateMismatchError
 from trainonce.wire import encoding
+from trainonce.worker.copies import copy_tree
 from trainonce.worker.hooks import HookStates
+from trainonce.worker.optimizers import OptimizerStates
 from trainonce.worker.shards import (
     describe_split,
-    keeps_a_part,
-    owned_by,
-    restore_split,
     shard_key,
     split_text,
-    state_of,
 )
 from trainonce.worker.torch_private import (
     local_of,
@@ -78,6 +74,7 @@ class Protected:
     def __init__(self, objects: Mapping[str, Any]) -> None:
         self.modules: dict[str, torch.nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.states = OptimizerStates(self.optimizers)
         self.stateful: dict[str, Any] = {}
         ddps: list[DistributedDataParallel] = []
         self.hooks = HookStates(ddps)
@@ -107,8 +104,6 @@ class Protected:
         self._old_gradients = self._gradients()
         self._buffer_versions = self._versions(self._buffers)
         self._kept_buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # Optimizer state of a rehearsal: its memory is mapped, which takes longer than to fill it.
-        self._warm: dict[torch.Tensor, dict[str, Any]] = {}
 
     def _register(self, name: str, value: Any, ddps: list[DistributedDataParallel]) -> None:
         if isinstance(value, DistributedDataParallel):
@@ -155,7 +150,7 @@ class Protected:
         Of split tensors the local part: replicated on the ranks with the same shard key.
         """
         shared = [(name, t) for name, t in self._buffers if name not in self._local]
-        everything = (*self._parameters, *shared, *self._optimizer_tensors())
+        everything = (*self._parameters, *shared, *self.states.tensors())
         return [(name, local_of(tensor)) for name, tensor in everything]
 
     def num_bytes(self) -> int:
@@ -169,23 +164,6 @@ class Protected:
     def local_parameters(self) -> list[torch.Tensor]:
         """Return what this rank holds of each parameter."""
         return [local_of(parameter) for _, parameter in self._parameters]
-
-    def _optimizer_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, optimizer in self.optimizers.items():
-            for index, parameter in enumerate(_parameters_of(optimizer)):
-                # Not sorted: a newcomer takes over the order too, for state_dict() shows it.
-                for key, value in state_of(optimizer).get(parameter, {}).items():
-                    if isinstance(value, torch.Tensor):
-                        yield f"{name}/{index}/{key}", value
-
-    def _optimizer_scalars(self) -> dict[str, Any]:
-        return {
-            f"{name}/{index}/{key}": value
-            for name, optimizer in self.optimizers.items()
-            for index, parameter in enumerate(_parameters_of(optimizer))
-            for key, value in state_of(optimizer).get(parameter, {}).items()
-            if not isinstance(value, torch.Tensor)
-        }
 
     # ------------------------------------------------------------------ watching for changes
 
@@ -271,11 +249,11 @@ class Protected:
         """Copy the replicated tensors."""
         copies = [(name, tensor.detach().clone()) for name, tensor in self.replicated()]
         # LBFGS keeps lists there, which it appends to.
-        return Image(copies, copy_tree(self._optimizer_scalars()))
+        return Image(copies, copy_tree(self.states.scalars()))
 
     def live(self) -> Image:
         """Return the replicated state itself, not a copy."""
-        return Image(self.replicated(), self._optimizer_scalars())
+        return Image(self.replicated(), self.states.scalars())
 
     # ------------------------------------------------------------------ giving and taking
 
@@ -298,7 +276,7 @@ class Protected:
                 "local": sorted(self._local),
             }
         )
-        splits = {name: describe_split(t) for name, t in self._optimizer_tensors()}
+        splits = {name: describe_split(t) for name, t in self.states.tensors()}
         return {
             "layout": [
                 [name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
@@ -319,7 +297,7 @@ class Protected:
         small = encoding.decode(base64.b64decode(record["small"]))
         self._local = set(small["local"])
         self.load_small(small)
-        self._load_scalars(small["scalars"])
+        self.states.load_scalars(small["scalars"])
         mine = {name: local_of(tensor) for name, tensor in (*self._parameters, *self._buffers)}
         found: Named = []
         for name, dtype_name, shape, device in record["layout"]:
@@ -327,7 +305,7 @@ class Protected:
             tensor = mine.get(name)
             if tensor is None and "/" in name:
                 split = record["splits"].get(name)
-                tensor = self._optimizer_slot(name, dtype, shape, device, split)
+                tensor = self.states.slot(name, dtype, shape, device, split)
             if tensor is None or tensor.dtype != dtype or list(tensor.shape) != shape:
                 here = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise StateMismatchError(
@@ -340,7 +318,7 @@ class Protected:
     def whole(self) -> dict[str, torch.Tensor]:
         """Return the replicated tensors by name, live; split ones as DTensors."""
         shared = [(name, t) for name, t in self._buffers if name not in self._local]
-        return dict((*self._parameters, *shared, *self._optimizer_tensors()))
+        return dict((*self._parameters, *shared, *self.states.tensors()))
 
     def describe_whole(self) -> dict[str, Any]:
         """Return what is needed beside the bytes of `whole`, on whatever mesh they are read."""
@@ -350,23 +328,11 @@ class Protected:
             entry[2] = list(tensors[entry[0]].shape)
         return record
 
-    @property
-    def keeps_a_part(self) -> bool:
-        """Whether an optimizer splits its state between ranks by itself."""
-        return any(map(keeps_a_part, self.optimizers.values()))
-
-    def own_names(self) -> set[str]:
-        """Return the names of the tensors that no other rank has a part or a copy of."""
-        return {n for n, _ in self._optimizer_tensors() if self._keeps_a_part(_owner_of(n))}
-
-    def _keeps_a_part(self, owner: str) -> bool:
-        return owner in self.optimizers and keeps_a_part(self.optimizers[owner])
-
     def describe_part(self) -> dict[str, Any]:
         """Return what `describe_whole` says on the first holder, for what this rank alone has."""
-        if not self.keeps_a_part:
+        if not self.states.keeps_a_part:
             return {}
-        record, own = self.describe(self.live()), self.own_names()
+        record, own = self.describe(self.live()), self.states.own_names()
         return {**record, "layout": [entry for entry in record["layout"] if entry[0] in own]}
 
     def prepare_whole(
@@ -390,9 +356,9 @@ class Protected:
         layout: list[list[Any]] = []
         splits: dict[str, Any] = {}
         entries = [entry for each in (record, *parts) for entry in each["layout"]]
-        is_kept = self._kept_here()
+        is_kept = self.states.kept_here()
         for name, dtype, shape, device in filter(lambda entry: is_kept(entry[0]), entries):
-            parameter = self._parameter_of(name) if name not in here else here[name]
+            parameter = self.states.parameter_of(name) if name not in here else here[name]
             split = describe_split(parameter) if parameter is not None else None
             local = shape
             if parameter is not None and split and list(parameter.shape) == shape:
@@ -414,75 +380,30 @@ class Protected:
                 )
         self.prepare({**record, "layout": layout, "splits": splits})
         for part in parts:
-            self._load_scalars(encoding.decode(base64.b64decode(part["small"]))["scalars"])
+            self.states.load_scalars(encoding.decode(base64.b64decode(part["small"]))["scalars"])
         everything = self.whole()
         return {entry[0]: everything[entry[0]] for entry in layout}
-
-    def _kept_here(self) -> Callable[[str], bool]:
-        """Return what tells of a name whether this rank keeps a tensor or scalar of that name."""
-        owned = {name: owned_by(optimizer) for name, optimizer in self.optimizers.items()}
-
-        def is_kept(name: str) -> bool:
-            mine = owned.get(_owner_of(name))
-            return mine is None or self._parameter_of(name) in mine
-
-        return is_kept
-
-    def _parameter_of(self, name: str) -> torch.Tensor | None:
-        """Return the parameter that optimizer state of this name belongs to."""
-        owner, index = _owner_of(name), name.rsplit("/", 2)[1] if _owner_of(name) else ""
-        parameters = _parameters_of(self.optimizers[owner]) if owner in self.optimizers else []
-        return parameters[int(index)] if index and int(index) < len(parameters) else None
 
     def copy_small(self) -> dict[str, Any]:
         """Return a copy of the small state as it is now."""
         return {
-            "groups": {name: _groups_of(o) for name, o in self.optimizers.items()},
+            "groups": self.states.groups(),
             "stateful": {name: copy_tree(o.state_dict()) for name, o in self.stateful.items()},
         }
 
     def restore(self, image: Image) -> None:
         """Write an image back, removing optimizer state that is not in it."""
         present = dict(image.tensors)
-        for name, optimizer in self.optimizers.items():
-            for index, parameter in enumerate(_parameters_of(optimizer)):
-                if not any(key.startswith(f"{name}/{index}/") for key in present):
-                    self._warm[parameter] = state_of(optimizer).pop(parameter, {})
-        self._load_scalars(image.scalars)
+        self.states.drop_others(present)
+        self.states.load_scalars(image.scalars)
         with torch.no_grad():
             for name, tensor in self.replicated():
                 tensor.copy_(present[name])
 
-    def _optimizer_slot(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        shape: list[int],
-        device: str,
-        split: dict[str, Any] | None,
-    ) -> torch.Tensor | None:
-        owner, index, key = name.rsplit("/", 2)
-        optimizer = self.optimizers.get(owner)
-        parameters = _parameters_of(optimizer) if optimizer is not None else []
-        if optimizer is None or int(index) >= len(parameters):
-            return None
-        parameter = parameters[int(index)]
-        warm = self._warm.get(parameter, {}).pop(key, None)
-        present = state_of(optimizer)[parameter].get(key, warm)
-        local = None if present is None else local_of(present)
-        if local is None or local.dtype != dtype or list(local.shape) != shape:
-            place = parameter.device if device != "cpu" else torch.device("cpu")
-            local = torch.empty(shape, dtype=dtype, device=place)
-            present = restore_split(local, split, parameter)
-        state_of(optimizer)[parameter][key] = present
-        return local
-
     def load_small(self, small: dict[str, Any]) -> None:
         """Load what `copy_small` returned."""
         self._small = {"groups": small["groups"], "stateful": small["stateful"]}
-        for name, groups in small["groups"].items():
-            for group, values in zip(self.optimizers[name].param_groups, groups, strict=True):
-                group.update(copy_tree(values))
+        self.states.load_groups(small["groups"])
         for name, value in small["stateful"].items():
             self.stateful[name].load_state_dict(copy_tree(value))
 
@@ -509,15 +430,6 @@ class Protected:
         }
         self.load_small(differing)
         self._small = small
-
-    def _load_scalars(self, scalars: dict[str, Any]) -> None:
-        is_kept = self._kept_here()
-        for name, value in scalars.items():
-            if not is_kept(name):
-                continue
-            owner, index, key = name.rsplit("/", 2)
-            optimizer = self.optimizers[owner]
-            state_of(optimizer)[_parameters_of(optimizer)[int(index)]][key] = value
 
     def digest(self) -> str:
         """Return a digest of the replicated tensors, for comparing ranks."""
@@ -549,57 +461,3 @@ def _running_statistics(modules: Mapping[str, torch.nn.Module]) -> set[str]:
         if isinstance(layer, _NormBase)
         for key, _ in layer.named_buffers(recurse=False)
     }
-
-
-def _owner_of(name: str) -> str:
-    """Return the optimizer in the name of its state; empty for another name."""
-    return name.rsplit("/", 2)[0] if name.count("/") >= 2 else ""
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [
-        {key: copy_tree(value) for key, value in group.items() if key not in _NOT_VALUES}
-        for group in optimizer.param_groups
-    ]
-
-
-# The parameters themselves, and names that torch keeps beside them.
-_NOT_VALUES = ("params", "param_names")
-
-
-def assign_tree(present: Any, wanted: Any) -> Any:
-    """Return a tree equal to `wanted`, made of the dicts and lists of `present` where it can be."""
-    if type(present) is dict and type(wanted) is dict:
-        found = {key: assign_tree(present.get(key), each) for key, each in wanted.items()}
-        present.clear()
-        present.update(found)
-        return present
-    if type(present) is list and type(wanted) is list:
-        present[:] = [
-            assign_tree(*pair) for pair in itertools.zip_longest(present[: len(wanted)], wanted)
-        ]
-        return present
-    return wanted
-
-
-def copy_tree(value: Any) -> Any:
-    """Copy containers and tensors; share everything else, which is immutable."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if type(value) is dict:
-        return {key: copy_tree(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(copy_tree(each) for each in value)
-    if isinstance(value, dict | list | set):
-        copied = value.copy()
-        if isinstance(copied, dict):
-            for key, each in copied.items():
-                copied[key] = copy_tree(each)
-        return copied
-    return value

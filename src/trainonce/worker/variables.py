@@ -22,7 +22,7 @@ import torch
 
 from trainonce import settings
 from trainonce.wire import encoding
-from trainonce.worker.state import assign_tree, copy_tree
+from trainonce.worker.copies import assign_tree, copy_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,14 +20,14 @@ from trainonce.wire import encoding
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
-from trainonce.worker.fabric import Superseded
-from trainonce.worker.oplog import (
+from trainonce.worker.channel import Channel
+from trainonce.worker.host import Superseded
+from trainonce.worker.operation import (
     RECEIVE,
     SEND,
     SETUP,
     STAGES,
     UNSHARED,
-    Channel,
     bucket_order_interval,
 )
 from trainonce.worker.shadow import fill
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from trainonce.wire.messages import Generation
     from trainonce.worker.fabric import Fabric
     from trainonce.worker.inner import InnerGroup
-    from trainonce.worker.oplog import GroupLog, Op, Outcome
+    from trainonce.worker.journal import Log
+    from trainonce.worker.operation import Op, Outcome
     from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
 
@@ -133,7 +134,7 @@ class Handover:
         if self._fabric.stages_late and kind not in (SEND, RECEIVE):
             # Only shapes matter there; but a DDP may be about to settle its buckets.
             return not self.orders_buckets()
-        if self._fabric.interval != SETUP:
+        if self._fabric.journal.interval != SETUP:
             again, recalled = self._runner.recall(kind, tensors)
             self._recalled = recalled
             return again and recalled is None
@@ -216,7 +217,7 @@ class Handover:
                 "a schedule of traced stages changes between training and evaluation",
                 hint="build stages with PipelineStage, or evaluate with a schedule of their own",
             )
-        if fabric.interval == SETUP:
+        if fabric.journal.interval == SETUP:
             yield True
             return
         fabric.begin_stages(name, turn, late=not with_others)
@@ -234,11 +235,11 @@ class Handover:
             for buffer, copy in zip(buffers, copies, strict=False):
                 buffer.data.copy_(copy)
 
-    def before_submit(self, log: GroupLog | Channel, op: Op) -> int | None:
+    def before_submit(self, log: Log, op: Op) -> int | None:
         """Place an operation, and let the step prepare for it."""
         if self._ordering is not None:
             return bucket_order_interval(self._ordering)
-        if self._fabric.interval == SETUP:
+        if self._fabric.journal.interval == SETUP:
             if self.private or torch_private.constructing_ddp() is not None:
                 return UNSHARED
             self._runner.promotion.park("collective")
@@ -277,7 +278,7 @@ class Handover:
 
     def after_submit(self) -> None:
         """Let the fault plan act once an operation is issued."""
-        if self._fabric.interval != SETUP:
+        if self._fabric.journal.interval != SETUP:
             self._runner.injector.at("collective")
 
     def fault_point(self, point: str) -> None:
@@ -493,7 +494,7 @@ class Handover:
             if first_pass_missed:
                 self._used_maps.append(sum(p.requires_grad for p in ddp.parameters()))
             # An order that was settled within the step in flight is asked for in that step.
-            known = self._fabric.knows(bucket_order_interval(ordinal))
+            known = self._fabric.journal.knows(bucket_order_interval(ordinal))
             if known and ordinal in self._ordered_before:
                 self._ordered.add(ordinal)
                 self._ordering = ordinal

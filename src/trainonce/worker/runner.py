@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from trainonce.worker.cursor import Position
     from trainonce.worker.durable import Durable
     from trainonce.worker.fabric import Fabric
-    from trainonce.worker.oplog import Op, Outcome
+    from trainonce.worker.operation import Op, Outcome
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Image, Protected
     from trainonce.worker.step import Step
@@ -174,7 +174,7 @@ class Runner:
         self.copy_holders = copy_holders(table, len(_HOLDERS))
         self.shadow.settle(table)
         if self.fabric is not None:
-            self.fabric.keeps_step = self.shadow.every > 0
+            self.fabric.journal.keeps_step = self.shadow.every > 0
 
     def _completes_together(self, execution: Execution) -> bool:
         """Whether a step's update waits until all ranks have all they need of the step."""

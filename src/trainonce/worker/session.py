@@ -22,7 +22,7 @@ from trainonce.wire.progress import Phase, Progress
 from trainonce.worker import spare, torch_private
 from trainonce.worker.data import StatefulLoader, adapt_loader
 from trainonce.worker.durable import CheckpointSettings, Command, Durable
-from trainonce.worker.fabric import WORLD, Fabric
+from trainonce.worker.fabric import Fabric
 from trainonce.worker.group import BACKEND, OnceGroup
 from trainonce.worker.handover import Handover
 from trainonce.worker.link import Link
@@ -363,7 +363,7 @@ class Run:
         else:
             self._promotion.park("new_group")
             members = ranks or world
-            log = fabric.add_group(f"{WORLD}/{name}", members)
+            log = fabric.add_group(f"{fabric.world.key}/{name}", members)
 
         def current_rank() -> int:
             if self._initialising or (not self._promotion.done and self._runner.rehearsing):

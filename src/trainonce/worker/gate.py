@@ -6,7 +6,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from trainonce.worker.fabric import Superseded
+from trainonce.worker.host import Superseded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

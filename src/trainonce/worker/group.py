@@ -19,14 +19,15 @@ import torch.distributed as dist
 
 from trainonce.errors import CollectiveError
 from trainonce.worker import torch_private
-from trainonce.worker.oplog import RECEIVE, SEND, Op
+from trainonce.worker.operation import RECEIVE, SEND, Op
 from trainonce.worker.transfer import as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from trainonce.worker.channel import Channel
     from trainonce.worker.fabric import Fabric
-    from trainonce.worker.oplog import Channel, GroupLog
+    from trainonce.worker.oplog import GroupLog
 
 BACKEND = "trainonce"
 
@@ -349,8 +350,8 @@ class OnceGroup(dist.ProcessGroup):
         future = _future_of(tensors)
 
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
-            with self._fabric.lock:
-                message = self._fabric.pool.take(like)
+            with self._fabric.journal.lock:
+                message = self._fabric.journal.pool.take(like)
             return inner.pg.recv([message], rank, channel.tag), [message]
 
         def deliver(result: list[torch.Tensor]) -> None:
@@ -394,8 +395,8 @@ class OnceGroup(dist.ProcessGroup):
 
         def launch(inner: Any) -> tuple[Any, list[torch.Tensor]]:
             mine = source.detach().contiguous().cpu()
-            with self._fabric.lock:
-                parts = [self._fabric.pool.take(mine) for _ in range(self._size)]
+            with self._fabric.journal.lock:
+                parts = [self._fabric.journal.pool.take(mine) for _ in range(self._size)]
             return inner.pg.allgather([parts], [mine]), parts
 
         signature = _signature("all_gather", tensor)
@@ -427,8 +428,8 @@ class OnceGroup(dist.ProcessGroup):
 
     def _take(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of `tensor` in CPU memory of the pool."""
-        with self._fabric.lock, torch.no_grad():
-            return self._fabric.pool.take(tensor).copy_(tensor.detach())
+        with self._fabric.journal.lock, torch.no_grad():
+            return self._fabric.journal.pool.take(tensor).copy_(tensor.detach())
 
     def _submit(
         self,

@@ -17,15 +17,15 @@ from trainonce.wire import encoding
 from trainonce.wire.messages import Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import torch_private
+from trainonce.worker.channel import Channel
 from trainonce.worker.copies import copy_tree
-from trainonce.worker.fabric import Superseded
-from trainonce.worker.oplog import (
+from trainonce.worker.host import Superseded
+from trainonce.worker.operation import (
     RECEIVE,
     SEND,
     SETUP,
     STAGES,
     UNSHARED,
-    Channel,
 )
 from trainonce.worker.shadow import fill
 from trainonce.worker.shards import stripe
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from trainonce.wire.messages import Generation
     from trainonce.worker.fabric import Fabric
     from trainonce.worker.inner import InnerGroup
-    from trainonce.worker.oplog import GroupLog, Op, Outcome
+    from trainonce.worker.journal import Log
+    from trainonce.worker.operation import Op, Outcome
     from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
     from trainonce.worker.sources import Sources
@@ -132,7 +133,7 @@ class Handover:
         if self._fabric.stages_late and kind not in (SEND, RECEIVE):
             # Only shapes matter there; but a DDP may be about to settle its buckets.
             return not self._passes.orders_buckets()
-        if self._fabric.interval != SETUP:
+        if self._fabric.journal.interval != SETUP:
             replay = self._runner.replay
             behind = not self._runner.inside and replay.is_behind_others(kind, tensors)
             return behind and not replay.has_recalled
@@ -146,9 +147,9 @@ class Handover:
         """Take the kept result of the collective that `emulate` was asked about last."""
         return self._runner.replay.recalled()
 
-    def before_submit(self, log: GroupLog | Channel, op: Op) -> int | None:
+    def before_submit(self, log: Log, op: Op) -> int | None:
         """Place an operation, and let the step prepare for it."""
-        if self._fabric.interval == SETUP:
+        if self._fabric.journal.interval == SETUP:
             if self._private or torch_private.constructing_ddp() is not None:
                 return UNSHARED
             self._runner.promotion.park("collective")
@@ -180,7 +181,7 @@ class Handover:
 
     def after_submit(self) -> None:
         """Let the fault plan act once an operation is issued."""
-        if self._fabric.interval != SETUP:
+        if self._fabric.journal.interval != SETUP:
             self._runner.injector.at("collective")
 
     def fault_point(self, point: str) -> None:

@@ -47,7 +47,7 @@ class InnerGroup:
         self.size = size
         self._pg: Any = None
         self._store: Any = None
-        self._before = _socket_links()
+        self._before: set[tuple[int, str]] | None = None
         self._links: set[tuple[int, str]] = set()
 
     @property
@@ -67,6 +67,7 @@ class InnerGroup:
         Raises:
             RuntimeError: A peer went away, or `abort` was called.
         """
+        self._before = _socket_links()
         # A store client of its own: a wait on a shared one would block its other users.
         self._store = dist.TCPStore(_LOOPBACK, store_port, is_master=False, timeout=_TIMEOUT)
         gloo: Any = dist.ProcessGroupGloo  # its stubs lack what follows
@@ -83,7 +84,9 @@ class InnerGroup:
         Args:
             works: What it was doing and nobody waits for, to be let go of with it; emptied.
         """
-        links = self._links or _socket_links() - self._before
+        links = self._links
+        if not links and self._before is not None:
+            links = _socket_links() - self._before
         for fd, link in links:
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{fd}") == link:

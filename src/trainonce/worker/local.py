@@ -17,7 +17,7 @@ from trainonce.wire.messages import Note
 from trainonce.worker.copies import assign_tree
 from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
 from trainonce.worker.mirror import Mirror
-from trainonce.worker.oplog import OpState
+from trainonce.worker.operation import OpState
 from trainonce.worker.values import LazyMean, outline
 from trainonce.worker.variables import Variables
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainonce.wire.progress import Progress
     from trainonce.worker.cursor import Cursor, Position
     from trainonce.worker.loops import Loops
-    from trainonce.worker.oplog import Op, Outcome
+    from trainonce.worker.operation import Op, Outcome
     from trainonce.worker.passes import Passes
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Protected

@@ -19,7 +19,6 @@ from trainonce.wire.progress import Phase
 from trainonce.worker import spare, torch_private
 from trainonce.worker.agreement import compare_layouts
 from trainonce.worker.durable import Command, Durable
-from trainonce.worker.fabric import WORLD
 from trainonce.worker.group import BACKEND, OnceGroup
 from trainonce.worker.handover import Handover
 from trainonce.worker.runner import leave
@@ -130,7 +129,7 @@ class Member:
         else:
             self._promotion.park("new_group")
             members = ranks or world
-            log = fabric.add_group(f"{WORLD}/{name}", members)
+            log = fabric.add_group(f"{fabric.world.key}/{name}", members)
 
         def current_rank() -> int:
             if self._initialising or (not self._promotion.done and self._runner.rehearsing):

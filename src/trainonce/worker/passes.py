@@ -15,7 +15,7 @@ import torch
 from trainonce.errors import CollectiveError, ConfigError
 from trainonce.worker import torch_private
 from trainonce.worker.copies import copy_tree
-from trainonce.worker.oplog import SETUP, bucket_order_interval
+from trainonce.worker.operation import SETUP, bucket_order_interval
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
     from trainonce.worker.fabric import Fabric
-    from trainonce.worker.oplog import Op
+    from trainonce.worker.operation import Op
 
 # Commits after which a DDP, one with a static graph included, settles its buckets.
 _SETTLED = 2
@@ -172,7 +172,7 @@ class Passes:
             if first_pass_missed:
                 self._used_maps.append(sum(p.requires_grad for p in ddp.parameters()))
             # An order that was settled within the step in flight is asked for in that step.
-            known = self._fabric.knows(bucket_order_interval(ordinal))
+            known = self._fabric.journal.knows(bucket_order_interval(ordinal))
             if known and ordinal in self._ordered_before:
                 self._ordered.add(ordinal)
                 self._adopting = ordinal
@@ -226,7 +226,7 @@ class Passes:
                 "a schedule of traced stages changes between training and evaluation",
                 hint="build stages with PipelineStage, or evaluate with a schedule of their own",
             )
-        if fabric.interval == SETUP:
+        if fabric.journal.interval == SETUP:
             yield True
             return
         fabric.begin_stages(name, turn, late=not with_others)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainonce.errors import CollectiveError, RecoveryError
-from trainonce.worker.oplog import SETUP, UNSHARED, Known
+from trainonce.worker.operation import SETUP, UNSHARED, Known
 
 OpName = tuple[str, int, int]  # group key, interval, sequence number
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trainonce.worker.cursor import Cursor, Position
     from trainonce.worker.local import LocalState
     from trainonce.worker.loops import Loops
-    from trainonce.worker.oplog import Op, Outcome
+    from trainonce.worker.operation import Op, Outcome
     from trainonce.worker.passes import Passes
     from trainonce.worker.spare import Promotion
 

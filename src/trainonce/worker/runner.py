@@ -172,7 +172,7 @@ class Runner:
         self.copy_holders = copy_holders(table, len(_HOLDERS))
         self.shadow.settle(table)
         if self.fabric is not None:
-            self.fabric.keeps_step = self.shadow.every > 0
+            self.fabric.journal.keeps_step = self.shadow.every > 0
 
     def _completes_together(self, execution: Execution) -> bool:
         """Whether a step's update waits until all ranks have all they need of the step."""

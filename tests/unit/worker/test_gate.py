@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from trainonce.worker.fabric import Superseded
 from trainonce.worker.gate import UpdateGate
+from trainonce.worker.host import Superseded
 
 
 def test_a_donation_waits_for_the_update_under_way():

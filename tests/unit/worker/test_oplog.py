@@ -3,14 +3,9 @@
 import torch
 
 from trainonce.worker import oplog
-from trainonce.worker.oplog import (
-    SETUP,
-    BufferPool,
-    GroupLog,
-    Op,
-    OpState,
-    bucket_order_interval,
-)
+from trainonce.worker.buffers import BufferPool
+from trainonce.worker.operation import SETUP, Op, OpState, bucket_order_interval
+from trainonce.worker.oplog import GroupLog
 
 
 def op(kind):

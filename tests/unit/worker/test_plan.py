@@ -6,7 +6,7 @@ import json
 import pytest
 
 from trainonce.errors import CollectiveError, RecoveryError
-from trainonce.worker.oplog import SETUP, STAGES, UNSHARED, Known, bucket_order_interval
+from trainonce.worker.operation import SETUP, STAGES, UNSHARED, Known, bucket_order_interval
 from trainonce.worker.plan import RankReport, plan_recovery
 
 WORLD = "world"

@@ -5,9 +5,9 @@ from pieces import descend, small_job
 
 import trainonce
 from trainonce.testing import record, state_digests
-from trainonce.worker import fabric, oplog
+from trainonce.worker import journal, oplog
 
-oplog.MOST_OUTSIDE, fabric._LOOK_EVERY = 32, 16
+oplog.MOST_OUTSIDE, journal.MEASURED_EVERY = 32, 16
 run = trainonce.init()
 model, optimizer, loader = small_job(run, batch_size=2)
 

@@ -228,7 +228,7 @@ class Journal:
         for key in [key for key, each in self.channels.items() if each.last_interval < interval]:
             del self.channels[key], self.taken[key]
         for replay in self.unclaimed.values():
-            replay.release_before(interval)
+            replay.release_before(interval, self.pool)
 
     # ------------------------------------------------------------------ a recovery
 
@@ -299,9 +299,12 @@ class Journal:
                 if op.state is not OpState.PENDING:
                     return None
                 op.state, op.buffers = OpState.DELIVERING, outcome[1]
+                self.pool.adopt(outcome[1])
                 return log, op
             replay = self.unclaimed.setdefault(key, Replay()) if log is None else log.replay
-            replay[interval, seq] = outcome
+            if (interval, seq) not in replay:  # else an abandoned recovery has brought it
+                replay[interval, seq] = outcome
+                self.pool.adopt(outcome[1])
             return None
 
     def follow(self, plan: Plan) -> None:

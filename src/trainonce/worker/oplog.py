@@ -42,10 +42,10 @@ class Replay(dict[tuple[int, int], Outcome]):
             if interval in intervals
         ]
 
-    def release_before(self, interval: int) -> None:
-        """Drop those of committed intervals."""
+    def release_before(self, interval: int, pool: BufferPool) -> None:
+        """Free those of committed intervals."""
         for name in [name for name in self if SETUP < name[0] < interval]:
-            del self[name]
+            pool.give(self.pop(name)[1])
 
 
 class OpLog:
@@ -125,7 +125,7 @@ class OpLog:
             del self._issued[old]
             for op in self.ops.pop(old).values():
                 _give_back(op, pool)
-        self.replay.release_before(interval)
+        self.replay.release_before(interval, pool)
 
     def release_early(self, interval: int, pool: BufferPool) -> None:
         """Free what no rank can ask for once one has committed `interval`."""

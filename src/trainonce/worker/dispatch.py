@@ -30,8 +30,8 @@ class Dispatcher:
 
     Training threads issue and wait; threads of gloo complete collectives; whoever waits for a
     message completes it; the thread that hears of a new generation abandons what is under way,
-    and a recovery connects again. The journal's lock guards all of it. It is held while an
-    operation is issued, never while a result is copied to its caller.
+    and a recovery connects again. The journal's lock guards all of it. It is not held while a
+    result is copied to its caller, but where an inner group completes what it is being given.
 
     Args:
         journal: The operations.

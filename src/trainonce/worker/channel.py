@@ -121,17 +121,13 @@ class Channel(OpLog):
         """Take note that what the target has received is not to be sent."""
         self.unsent = [op for op in self.unsent if op.name not in self.taken]
 
-    def num_messages(self, interval: int) -> int:
-        """Return how many messages of `interval` this rank keeps a record of."""
-        return len(self.ops.get(interval, ()))
-
     def balance(self, interval: int) -> int:
         """Return what is 0 summed over both ends if all of set-up and `interval` was received.
 
         A multiple of a number that is the channel's own, so that the sum over several channels
         is 0 for no other reason, but for a chance of 1 in 2**30.
         """
-        count = self.num_messages(SETUP) + self.num_messages(interval)
+        count = self.num_issued(SETUP) + self.num_issued(interval)
         return count * (self._weight if self.sends else -self._weight)
 
     def known(self, op: Op) -> Known:

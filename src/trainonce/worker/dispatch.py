@@ -30,8 +30,8 @@ class Dispatcher:
 
     Training threads issue and wait; threads of gloo complete collectives; whoever waits for a
     message completes it; the thread that hears of a new generation abandons what is under way,
-    and a recovery connects again. The journal's lock guards all of it. It is held while an
-    operation is issued, never while a result is copied to its caller.
+    and a recovery connects again. The journal's lock guards all of it. It is not held while a
+    result is copied to its caller, but where an inner group completes what it is being given.
 
     Args:
         journal: The operations.
@@ -48,6 +48,7 @@ class Dispatcher:
         self._notify = notify
         self._generation: Generation | None = None
         self._reported_lost = 0
+        self._forming: set[InnerGroup] = set()
         # A message was issued or has arrived.
         self._message_moved = threading.Condition(journal.lock)
 
@@ -191,6 +192,8 @@ class Dispatcher:
         self._generation = None
         journal = self._journal
         abandoned = [group.inner for group in journal.groups.values() if group.inner]
+        abandoned += self._forming
+        self._forming.clear()
         works: list[Any] = []
         for group in journal.groups.values():
             group.inner = None
@@ -234,21 +237,17 @@ class Dispatcher:
         if generation.rank not in group.ranks:
             return
         inner = InnerGroup(group.ranks.index(generation.rank), len(group.ranks))
+        self._forming.add(inner)
+
+        prefix = f"{generation.incarnation}/{generation.generation}/{group.key}"
 
         def form() -> None:
-            error = ""
-            try:
-                inner.form(
-                    generation.store_port,
-                    f"{generation.incarnation}/{generation.generation}/{group.key}",
-                )
-            except RuntimeError as failure:
-                error = str(failure)
+            error = _failure_of(lambda: inner.form(generation.store_port, prefix))
             with self._lock:
-                if generation is not self._generation:
-                    if not error:
-                        inner.abort()
-                elif error:
+                if inner not in self._forming:
+                    return  # abandoned with its generation
+                self._forming.discard(inner)
+                if error:
                     self._peer_lost(error)
                 else:
                     self._attach(group, inner)

@@ -49,6 +49,7 @@ class InnerGroup:
         self._store: Any = None
         self._before: set[tuple[int, str]] | None = None
         self._links: set[tuple[int, str]] = set()
+        self._aborted = False
 
     @property
     def pg(self) -> Any:
@@ -60,16 +61,20 @@ class InnerGroup:
     def form(self, store_port: int, prefix: str) -> None:
         """Connect to the other members; blocks until all have come, or until `abort`.
 
+        To be called once.
+
         Args:
             store_port: TCPStore on loopback.
             prefix: Scope of the keys; the same for all members, never used before.
 
         Raises:
-            RuntimeError: A peer went away, or `abort` was called.
+            RuntimeError: A peer went away, or `abort` was called, before or meanwhile.
         """
         self._before = _socket_links()
         # A store client of its own: a wait on a shared one would block its other users.
         self._store = dist.TCPStore(_LOOPBACK, store_port, is_master=False, timeout=_TIMEOUT)
+        # Later than this, `abort` finds a socket that ends the wait for the others.
+        self._check()
         gloo: Any = dist.ProcessGroupGloo  # its stubs lack what follows
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=_LOOPBACK)]
@@ -77,6 +82,13 @@ class InnerGroup:
         scoped = dist.PrefixStore(prefix, self._store)
         self._pg = gloo(scoped, self.rank, self.size, options)
         self._links = _socket_links() - self._before
+        self._check()
+
+    def _check(self) -> None:
+        """End a group that was aborted. Its sockets close; by now not all may be its own."""
+        if self._aborted:
+            self._let_go([])
+            raise RuntimeError("the inner group was aborted while it formed")
 
     def abort(self, works: list[Any] | None = None) -> None:
         """End the group now: whatever waits in it fails. Safe to call at any time, twice.
@@ -84,6 +96,7 @@ class InnerGroup:
         Args:
             works: What it was doing and nobody waits for, to be let go of with it; emptied.
         """
+        self._aborted = True
         links = self._links
         if not links and self._before is not None:
             links = _socket_links() - self._before
@@ -91,11 +104,13 @@ class InnerGroup:
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{fd}") == link:
                     _shut_down(fd)
+        self._let_go(works or [])
+
+    def _let_go(self, works: list[Any]) -> None:
         # The destructor joins gloo's threads, about 10 ms: no reference may stay in this frame.
-        references = [self._pg, self._store, *(works or ())]
+        references = [self._pg, self._store, *works]
         self._pg = self._store = None
-        if works:
-            works.clear()
+        works.clear()
         threading.Thread(target=_drop, args=(references,), daemon=True).start()
 
     def send(self, data: torch.Tensor, rank: int, tag: int) -> None:

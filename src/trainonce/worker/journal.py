@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from trainonce.worker.buffers import BufferPool
 from trainonce.worker.channel import Channel, known_of_arrived
 from trainonce.worker.operation import SETUP, STAGES, UNSHARED, OpState
-from trainonce.worker.oplog import GroupLog, Replay
+from trainonce.worker.oplog import GroupLog, Unclaimed
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class Journal:
         self.channels: dict[str, Channel] = {}
         self.taken: dict[str, set[tuple[int, int]]] = {}
         """Messages that their targets have, by channel: also of channels not made yet."""
-        self.unclaimed: dict[str, Replay] = {}
+        self.unclaimed: dict[str, Unclaimed] = {}
         """Results for groups and channels that the script has not made yet."""
         self.members: dict[str, list[int]] = {}
         """Ranks of the groups that any process has made."""
@@ -98,7 +98,7 @@ class Journal:
         return found
 
     def _claim(self, log: Log) -> None:
-        log.replay.update(self.unclaimed.pop(log.key, ()))
+        log.unclaimed.update(self.unclaimed.pop(log.key, ()))
 
     # ------------------------------------------------------------------ messages
 
@@ -118,10 +118,10 @@ class Journal:
         """Return in words what this rank has sent and received in this interval. Takes the lock."""
         with self.lock:
             found = [
-                f"{channel.num_messages(self.interval)} {word} rank {channel.other_end}"
+                f"{channel.num_issued(self.interval)} {word} rank {channel.other_end}"
                 for word, sends in (("to", True), ("from", False))
                 for channel in self.channels.values()
-                if channel.sends is sends and channel.num_messages(self.interval)
+                if channel.sends is sends and channel.num_issued(self.interval)
             ]
         return ", ".join(found) or "none"
 
@@ -218,7 +218,7 @@ class Journal:
     def knows(self, interval: int) -> bool:
         """Tell whether results for `interval` wait to be asked for. Takes the lock."""
         with self.lock:
-            return any(interval in group.replay.intervals() for group in self.groups.values())
+            return any(interval in group.unclaimed.intervals() for group in self.groups.values())
 
     def _release_before(self, interval: int) -> None:
         """Free what no rank can ask for any more: all have committed `interval` - 1."""
@@ -227,8 +227,8 @@ class Journal:
             log.release_before(interval, self.pool)
         for key in [key for key, each in self.channels.items() if each.last_interval < interval]:
             del self.channels[key], self.taken[key]
-        for replay in self.unclaimed.values():
-            replay.release_before(interval)
+        for results in self.unclaimed.values():
+            results.release_before(interval, self.pool)
 
     # ------------------------------------------------------------------ a recovery
 
@@ -237,8 +237,8 @@ class Journal:
         found = {SETUP, STAGES, self.commits - 1, self.commits}
         for log in self.logs():
             found |= log.lasting()
-        for replay in self.unclaimed.values():
-            found |= {interval for interval in replay.intervals() if interval <= SETUP}
+        for results in self.unclaimed.values():
+            found |= {interval for interval in results.intervals() if interval <= SETUP}
         return found
 
     def has_dropped(self, intervals: set[int]) -> bool:
@@ -253,9 +253,9 @@ class Journal:
             rank: This one.
         """
         found: dict[OpName, tuple[str, int]] = {}
-        for key, replay in self.unclaimed.items():
+        for key, results in self.unclaimed.items():
             sends = key not in self.ends or self.ends[key][0] == rank
-            for interval, seq, signature, known in replay.describe(
+            for interval, seq, signature, known in results.describe(
                 intervals, lambda interval, sends=sends: known_of_arrived(interval, sends=sends)
             ):
                 found[key, interval, seq] = (signature, known)
@@ -282,8 +282,8 @@ class Journal:
             op = log.find(interval, seq) if log is not None else None
             if op is not None:
                 return op.buffers
-            replay = self.unclaimed[key] if log is None else log.replay
-            return replay[interval, seq][1]
+            results = self.unclaimed[key] if log is None else log.unclaimed
+            return results[interval, seq][1]
 
     def place(self, name: OpName, outcome: Outcome) -> tuple[Log, Op] | None:
         """Take a result that another rank had; keep it if it was not asked for. Takes the lock.
@@ -299,9 +299,12 @@ class Journal:
                 if op.state is not OpState.PENDING:
                     return None
                 op.state, op.buffers = OpState.DELIVERING, outcome[1]
+                self.pool.adopt(outcome[1])
                 return log, op
-            replay = self.unclaimed.setdefault(key, Replay()) if log is None else log.replay
-            replay[interval, seq] = outcome
+            results = self.unclaimed.setdefault(key, Unclaimed()) if log is None else log.unclaimed
+            if (interval, seq) not in results:  # else an abandoned recovery has brought it
+                results[interval, seq] = outcome
+                self.pool.adopt(outcome[1])
             return None
 
     def follow(self, plan: Plan) -> None:

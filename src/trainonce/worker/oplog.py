@@ -20,7 +20,7 @@ MOST_OUTSIDE = 1 << 16
 MOST_OUTSIDE_BYTES = 1 << 30
 
 
-class Replay(dict[tuple[int, int], Outcome]):
+class Unclaimed(dict[tuple[int, int], Outcome]):
     """Results for operations that this rank has not issued yet, by interval and number."""
 
     def intervals(self) -> set[int]:
@@ -42,10 +42,10 @@ class Replay(dict[tuple[int, int], Outcome]):
             if interval in intervals
         ]
 
-    def release_before(self, interval: int) -> None:
-        """Drop those of committed intervals."""
+    def release_before(self, interval: int, pool: BufferPool) -> None:
+        """Free those of committed intervals."""
         for name in [name for name in self if SETUP < name[0] < interval]:
-            del self[name]
+            pool.give(self.pop(name)[1])
 
 
 class OpLog:
@@ -67,7 +67,7 @@ class OpLog:
         self.ops: dict[int, dict[int, Op]] = {}
         self.open: dict[Op, None] = {}
         """Operations whose result has not reached the caller, in the order of issue."""
-        self.replay = Replay()
+        self.unclaimed = Unclaimed()
         self._issued: dict[int, int] = {}
         self._turns = 0
 
@@ -85,7 +85,7 @@ class OpLog:
         self._turns += 1
         self.ops.setdefault(interval, {})[op.seq] = op
         self.open[op] = None
-        known = self.replay.pop((interval, op.seq), None) if self.replay else None
+        known = self.unclaimed.pop((interval, op.seq), None) if self.unclaimed else None
         if known is None:
             return False
         signature, op.buffers = known
@@ -113,7 +113,9 @@ class OpLog:
 
     def lasting(self) -> set[int]:
         """Return the intervals that are kept for the life of the job, asked for here or not."""
-        return {interval for interval in (*self.ops, *self.replay.intervals()) if interval <= SETUP}
+        return {
+            interval for interval in (*self.ops, *self.unclaimed.intervals()) if interval <= SETUP
+        }
 
     def pending(self) -> list[Op]:
         """Return the operations without a result."""
@@ -125,7 +127,7 @@ class OpLog:
             del self._issued[old]
             for op in self.ops.pop(old).values():
                 _give_back(op, pool)
-        self.replay.release_before(interval)
+        self.unclaimed.release_before(interval, pool)
 
     def release_early(self, interval: int, pool: BufferPool) -> None:
         """Free what no rank can ask for once one has committed `interval`."""
@@ -153,7 +155,7 @@ class OpLog:
             for interval, ops in self.ops.items()
             if interval in intervals
             for seq, op in ops.items()
-        ] + self.replay.describe(intervals, self.known_ahead)
+        ] + self.unclaimed.describe(intervals, self.known_ahead)
 
     def known(self, op: Op) -> Known:
         """Return what can be given of `op`."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trainonce.errors import CollectiveError
+from trainonce.worker import oplog
 from trainonce.worker.buffers import BufferPool
 from trainonce.worker.channel import Channel
 from trainonce.worker.operation import RECEIVE, SEND, SETUP, STAGES, Known, Op, OpState
@@ -74,11 +75,11 @@ def test_a_new_sender_logs_what_has_arrived_without_sending_it():
 
 def test_a_new_receiver_gets_a_message_that_came_before_it_asked():
     log, op = channel(sends=False), message(RECEIVE)
-    log.replay[5, 0] = ("message(8 bytes)", [torch.ones(8, dtype=torch.uint8)])
+    log.unclaimed[5, 0] = ("message(8 bytes)", [torch.ones(8, dtype=torch.uint8)])
     assert known(log, {5}) == {(5, 0): Known.TAKEN}
     assert log.add(op, 5)
     assert op.buffers[0].sum() == 8
-    log.replay[5, 1] = ("message(4 bytes)", [torch.ones(4, dtype=torch.uint8)])
+    log.unclaimed[5, 1] = ("message(4 bytes)", [torch.ones(4, dtype=torch.uint8)])
     with pytest.raises(CollectiveError, match="message\\(8 bytes\\) here"):
         log.add(message(RECEIVE), 5)
 
@@ -88,7 +89,7 @@ def test_both_ends_can_give_what_stages_said_when_they_got_ready(kind):
     log, op = channel(sends=kind == SEND, stages="1F1B"), message(kind)
     log.add(op, STAGES)
     op.state = OpState.DONE
-    log.replay[STAGES, 1] = ("message of stages", [torch.zeros(8, dtype=torch.uint8)])
+    log.unclaimed[STAGES, 1] = ("message of stages", [torch.zeros(8, dtype=torch.uint8)])
     assert set(known(log, {STAGES}).values()) == {Known.RESULT}
 
 
@@ -97,7 +98,7 @@ def test_what_one_end_has_sent_and_the_other_received_cancels_out():
     for log, kind in zip(ends, (SEND, RECEIVE), strict=True):
         log.add(message(kind), SETUP)
         log.add(message(kind), 5)
-    assert [log.num_messages(5) for log in ends] == [1, 1]
+    assert [log.num_issued(5) for log in ends] == [1, 1]
     assert ends[0].balance(5) > 0
     assert sum(log.balance(5) for log in ends) == 0
     ends[0].add(message(SEND), 5)
@@ -120,3 +121,17 @@ def test_the_copies_of_committed_steps_are_freed():
     log.add(message(SEND), 6)
     log.release_before(6, pool)
     assert known(log, {SETUP, 5, 6}).keys() == {(SETUP, 0), (6, 0)}
+
+
+def test_messages_that_are_no_longer_kept_count_as_sent(monkeypatch):
+    monkeypatch.setattr(oplog, "MOST_OUTSIDE_BYTES", 100)
+    ends, pool = [channel(sends=True), channel(sends=False)], BufferPool()
+    for log, kind in zip(ends, (SEND, RECEIVE), strict=True):
+        for _ in range(20):
+            op = message(kind)
+            log.add(op, 5)
+            log.close(op)
+    # The receiver keeps nothing of them, and has nothing to drop.
+    assert [log.drop_if_too_many(5, pool) for log in ends] == [True, False]
+    assert sum(log.balance(5) for log in ends) == 0
+    assert [log.num_issued(5) for log in ends] == [20, 20]

@@ -16,6 +16,7 @@ The bytes, format 1, little-endian::
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
@@ -34,6 +35,8 @@ _MAGIC = b"T1E\n"
 _PREFIX = struct.Struct("<4sIQQ")
 _CHECKSUM = struct.Struct("<Q")
 _ALIGN = 64
+_FEW = 64
+_IN_NUMPY = frozenset((torch.float32, torch.float64, torch.int64, torch.bool))
 
 
 def encode(value: Any) -> bytes:
@@ -49,7 +52,7 @@ def encode(value: Any) -> bytes:
     specs: list[list[Any]] = []
     chunks: list[Any] = []
     for tensor in tensors:
-        specs.append([str(tensor.dtype)[6:], list(tensor.shape), tensor.device.type])
+        specs.append([_name_of(tensor.dtype), list(tensor.shape), tensor.device.type])
         raw = _raw(tensor)
         chunks.append(raw)
         if rest := len(raw) % _ALIGN:
@@ -106,8 +109,16 @@ def decode(data: bytes | bytearray | memoryview, *, device: torch.device | str =
         raise EncodingError(f"not an encoded value: {type(error).__name__}: {error}") from error
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of `tensor` in row-major order, without a copy where it can be."""
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _raw(tensor: torch.Tensor) -> bytes | memoryview:
+    """Return the bytes of `tensor` in row-major order, without a copy where it is large."""
+    if tensor.numel() <= _FEW and tensor.dtype in _IN_NUMPY:
+        if tensor.device.type == "cpu" and not tensor.is_neg():
+            return tensor.numpy().tobytes()  # a loss or a count: as good as every step has some
     dense = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     # A contiguous tensor of one element may still have any stride, which a view as bytes refuses.
     flat = dense.as_strided((dense.numel(),), (1,))

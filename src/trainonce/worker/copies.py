@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_IMMUTABLE = frozenset((type(None), bool, int, float, complex, str, bytes))
+
 
 def assign_tree(present: Any, wanted: Any) -> Any:
     """Return a tree equal to `wanted`, made of the dicts and lists of `present` where it can be."""
@@ -26,14 +28,19 @@ def assign_tree(present: Any, wanted: Any) -> Any:
 
 def copy_tree(value: Any) -> Any:
     """Copy containers and tensors; share everything else, which is immutable."""
+    kind = type(value)
+    if kind in _IMMUTABLE:
+        return value
+    if kind is list or kind is tuple:
+        if _IMMUTABLE.issuperset(map(type, value)):
+            return value[:]
+        return kind(map(copy_tree, value))
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray):
         return value.copy()
-    if type(value) is dict:
+    if kind is dict:
         return {key: copy_tree(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(copy_tree(each) for each in value)
     if isinstance(value, dict | list | set):
         copied = value.copy()
         if isinstance(copied, dict):

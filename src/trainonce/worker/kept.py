@@ -40,13 +40,14 @@ class KeptValues:
     def add(self, position: Position, value: Any, is_live: Callable[[Position], bool]) -> None:
         """Keep `value`; forget those that nobody can ask for any more."""
         self._values[position] = (True, value)
-        live = [each for each in self._values if is_live(each)]
-        values = [each for each in live if each[-1] >= 0][-_MOST:]
-        results = [each for each in live if each[-1] < 0][-MOST_RESULTS:]
-        kept = {*values, *results}
-        if len(kept) < len(self._values):
-            self._values = {at: value for at, value in self._values.items() if at in kept}
-            self._encoded = {at: data for at, data in self._encoded.items() if at in self._values}
+        steps: list[Position] = []
+        results: list[Position] = []
+        dead: list[Position] = []
+        for each in self._values:
+            (dead if not is_live(each) else steps if each[-1] >= 0 else results).append(each)
+        for each in (*dead, *steps[:-_MOST], *results[:-MOST_RESULTS]):
+            del self._values[each]
+            self._encoded.pop(each, None)
 
     def encode(self, latest: Position | None, means: list[LazyMean]) -> list[bytes]:
         """Return all values, encoded.

@@ -8,7 +8,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainonce.worker.variables import advance, counters_of
+from trainonce.worker.counters import advance, counters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

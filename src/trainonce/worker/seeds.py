@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
 
 def derive_seed(purpose: str, *parts: int | str) -> int:
     """Return a 64-bit seed for `purpose`, made of `parts` alone.
@@ -21,7 +23,7 @@ def derive_seed(purpose: str, *parts: int | str) -> int:
     It is the first eight bytes, little-endian, of the BLAKE2b digest of the JSON array
     `[purpose, *parts]`, so seeds of different purposes or parts are unrelated.
     """
-    text = json.dumps([purpose, *parts], separators=(",", ":"))
+    text = _to_json([purpose, *parts])
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"trainonce").digest()
     return int.from_bytes(digest, "little")
 

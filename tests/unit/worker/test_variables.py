@@ -8,7 +8,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from trainonce.worker.variables import Variables, advance, counters_of
+from trainonce.worker.counters import advance, counters_of
+from trainonce.worker.variables import Variables
 
 
 class Training:

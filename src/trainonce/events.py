@@ -58,6 +58,7 @@ class JobEnded(Event):
         steps: Committed steps.
         reason: Why it ended so.
         supported: The script called `trainonce.init()`; nothing is known of a plain script's time.
+        unfired: Faults of the plan that did not fire, as entries of a plan.
     """
 
     kind: ClassVar[str] = "job_ended"
@@ -66,6 +67,7 @@ class JobEnded(Event):
     steps: int
     reason: str = ""
     supported: bool = True
+    unfired: list[str] = field(default_factory=lambda: [])
 
 
 @dataclass(frozen=True, kw_only=True)

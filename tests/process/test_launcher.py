@@ -407,6 +407,7 @@ def test_output_is_teed_with_torchruns_prefix_and_kept_in_its_folders(tmp_path):
         (["--nnodes", "2", str(FAKE)], "runs on one node"),
         (["--chaos", "melt rank=0", str(FAKE)], "unknown fault 'melt'"),
         (["--chaos", "kill rank=4", str(FAKE)], "--chaos hits rank 4"),
+        (["--chaos", "kill_spare step=4", str(FAKE)], "the job keeps none"),
         (["--max-cost-usd", "9", str(FAKE)], "no price is set"),
         (["--max-hours", "-1", str(FAKE)], "limit is -1"),
         (["--health", "crystal-ball", str(FAKE)], "no source of health signals"),

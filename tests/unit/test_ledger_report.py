@@ -147,6 +147,15 @@ def test_time_on_shared_devices_is_told_and_counts_as_productive(tmp_path: Path)
     )
 
 
+def test_planned_faults_that_did_not_fire_are_told(tmp_path: Path) -> None:
+    over = dataclasses.replace(end(100, 50), unfired=["kill rank=1 step=500 point=begin"])
+    write(tmp_path, j=[*begin("j"), over])
+    report = report_of(tmp_path)
+    assert "a planned fault did not fire: kill rank=1 step=500" in render(report, detailed=True)
+    (job,) = to_json(report)["jobs"]
+    assert job["facts"]["unfired"] == over.unfired
+
+
 def test_only_unplanned_failures_count_for_the_guarantee(tmp_path: Path) -> None:
     write(tmp_path, golden=golden_job())
     guarantee = report_of(tmp_path).guarantee

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import trainonce
 from trainonce.errors import TrainOnceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Command -> (module, one line of help). A module offers `add_arguments(parser)` and
 # `run(args) -> int`; it is imported only when its command is called.
@@ -37,7 +41,23 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message`, point to the help, and exit."""
-        print(f"error: {message}\n\nhint: see `{self.prog} --help`", file=sys.stderr)
+        self._refuse(message, f"see `{self.prog} --help`")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; what is left over is refused here, where the help is that of the command."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = f"see `{self.prog} --help`"
+            name = unknown[0].partition("=")[0]
+            if near := difflib.get_close_matches(name, self._option_string_actions, 1):
+                hint = f"did you mean {near[0]}? Else {hint}"
+            self._refuse(f"unrecognized arguments: {' '.join(unknown)}", hint)
+        return found, []
+
+    def _refuse(self, message: str, hint: str) -> NoReturn:
+        print(f"error: {message}\n\nhint: {hint}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
 
@@ -58,8 +78,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and argv[0] in COMMANDS else None
-    parser = _parser(command)
+    parser = _parser(next((word for word in argv if word in COMMANDS), None))
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help(sys.stderr)

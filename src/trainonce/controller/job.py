@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from trainonce.controller.store import Store
     from trainonce.engines.base import Engine, ExitStatus, WorkerProcess
     from trainonce.events import Event, Incident
+    from trainonce.wire.faults import Fault
     from trainonce.wire.messages import Failed, FaultFiring, Message
 
 DEFAULT_RESTARTS = 3
@@ -227,6 +228,11 @@ class Job:
         return DEFAULT_RESTARTS if self.uses_trainonce else 0
 
     @property
+    def unfired(self) -> list[Fault]:
+        """The faults of the plan that have not fired."""
+        return [fault for fault in self.options.chaos if fault.index not in self.fired]
+
+    @property
     def is_ending(self) -> bool:
         """Whether the outcome is settled and only the workers have to go."""
         return self.exit_code is not None
@@ -395,10 +401,8 @@ class Job:
             incarnation=membership.incarnation,
             faults=[
                 fault.to_record()
-                for fault in self.options.chaos
-                if fault.action in WORKER_FAULTS
-                and fault.rank == rank
-                and fault.index not in self.fired
+                for fault in self.unfired
+                if fault.action in WORKER_FAULTS and fault.rank == rank
             ],
             resume="" if self.all_ready else self.resume_from,
             mirrors=len(mirror),

@@ -19,7 +19,7 @@ from trainonce.fleet.sources.words import HINT
 from trainonce.ledger import prices
 from trainonce.ledger.energy import open_meter
 from trainonce.ledger.prices import BudgetSettings, EconomicsSettings
-from trainonce.wire.faults import parse_plan
+from trainonce.wire.faults import ACTIONS, POINTS, parse_plan, refuse_impossible
 
 if TYPE_CHECKING:
     from trainonce.wire.faults import Fault
@@ -122,11 +122,7 @@ class RunOptions:
                 f"there is no script {self.script!r} in {os.getcwd()}",
                 hint="options go before the script, its own arguments after it",
             )
-        for fault in self.chaos:
-            if fault.rank >= self.nproc:
-                raise ConfigError(
-                    f"--chaos hits rank {fault.rank}, and the job has ranks 0 to {self.nproc - 1}"
-                )
+        refuse_impossible(self.chaos, num_ranks=self.nproc, spares=self.spares)
 
     def stream_mode(self, modes: tuple[int, ...], rank: int) -> int:
         """Return `redirects` or `tee` of `rank`; of a spare (rank -1) what any rank has."""
@@ -173,6 +169,10 @@ _BUDGETS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every option of `trainonce run` to `parser`."""
+    parser.epilog = (
+        f"Faults of --chaos: {', '.join(ACTIONS)}. Points of a step and of a recovery:"
+        f" {', '.join(POINTS)}. docs/launcher.md and docs/testing.md say what each does."
+    )
 
     def option(*names: str, **kwargs: Any) -> None:
         dashed = [name for name in names if name.startswith("--") and "-" in name[2:]]
@@ -187,7 +187,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--spares", type=int, default=0, help="hot spares to keep (0: start one when needed)")
     option("--when-no-spare", choices=[each.value for each in WhenNoSpare], default="spread",
            help="a device is lost: wait, spread its ranks (default), or checkpoint")  # fmt: skip
-    option("--chaos", default="", metavar="PLAN", help='"kill rank=1 step=50 point=backward; …"')
+    option("--chaos", default="", metavar="PLAN",
+           help='inject faults: "kill rank=1 step=50 point=backward; …" (see below)')  # fmt: skip
     option("--hang-timeout-s", type=float, default=None, help="no progress for this long: a hang")
     option("--grace-s", type=float, default=None, help="time to end cleanly after SIGTERM (30)")
     option("--health", default=None, metavar="SOURCES", help=f"health signals to act on: {HINT}")
@@ -241,7 +242,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         choices=["node", "socket", "exclusive", "core-complex"],
                         help="accepted, without effect")  # fmt: skip
     parser.add_argument("training_script", help="script, module or program")
-    parser.add_argument("training_script_args", nargs=argparse.REMAINDER, help="its arguments")
+    rest = parser.add_argument(
+        "training_script_args", nargs=argparse.REMAINDER, help="its arguments"
+    )
+    rest.required = False  # before Python 3.12 argparse would name it among what is missing
 
 
 def from_args(args: argparse.Namespace) -> RunOptions:

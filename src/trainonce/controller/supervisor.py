@@ -193,6 +193,7 @@ class Supervisor:
                 JobEnded(
                     outcome=job.outcome, exit_code=job.exit_code, steps=job.step,
                     reason=job.reason, supported=job.uses_trainonce,
+                    unfired=list(map(str, job.unfired)),
                 )
             )  # fmt: skip
         if self.costs is not None:

@@ -410,6 +410,8 @@ def test_output_is_teed_with_torchruns_prefix_and_kept_in_its_folders(tmp_path):
         (["--chaos", "kill_spare step=4", str(FAKE)], "the job keeps none"),
         (["--max-cost-usd", "9", str(FAKE)], "no price is set"),
         (["--max-hours", "-1", str(FAKE)], "limit is -1"),
+        (["--hang-timeout-s", "nan", str(FAKE)], "a hang limit must be above 0, not nan"),
+        (["--grace-s", "nan", str(FAKE)], "--grace-s is nan"),
         (["--health", "crystal-ball", str(FAKE)], "no source of health signals"),
         (["--tee", "7", str(FAKE)], "--tee '7'"),
         (["--resume", "nothing", str(FAKE)], "--resume nothing"),

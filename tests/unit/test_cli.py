@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainonce.cli.main import main
+from trainonce.cli.main import COMMANDS, main
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,13 @@ def test_an_unknown_option_gets_the_hint_of_its_own_command(line, unknown, help_
         main(line.split())
     said = capsys.readouterr().err
     assert said == f"error: unrecognized arguments: {unknown}\n\nhint: see `{help_of} --help`\n"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_a_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    assert f"usage: trainonce {command}" in capsys.readouterr().out
 
 
 def test_a_mistyped_option_is_told_what_it_is_close_to(capsys):

@@ -161,7 +161,8 @@ def test_only_unplanned_failures_count_for_the_guarantee(tmp_path: Path) -> None
     guarantee = report_of(tmp_path).guarantee
     assert (guarantee.n, guarantee.resolved, guarantee.verdict) == (2, 2, "kept")
     assert guarantee.apart == {
-        "chaos": 1, "planned move": 1, "exception in user code": 0, "run without trainonce.init": 0,
+        "chaos": 1, "planned move": 1, "exception in user code": 0, "misuse of trainonce": 0,
+        "run without trainonce.init": 0,
     }  # fmt: skip
     assert guarantee.by_cause == {"signal": (1, 1), "hang": (1, 1)}
 
@@ -206,6 +207,8 @@ def test_incidents_of_another_contract_year_do_not_count() -> None:
         ({"chaos": True}, "chaos"),
         ({"planned": True, "cause": "migration"}, "planned move"),
         ({"cause": "exception", "detail": "ValueError: x"}, "exception in user code"),
+        ({"cause": "misuse", "detail": "StepError: x"}, "misuse of trainonce"),
+        ({"cause": "recovery", "detail": "RecoveryError: x"}, "failure"),
         ({"supported": False}, "run without trainonce.init"),
         ({"cause": "exception", "detail": "CUDA out of memory. NCCL"}, "exception in user code"),
         ({"cause": "exception", "detail": "CUDA error: uncorrectable ECC error"}, "failure"),

@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "graph": ("trainonce.cli.graph", "what the store holds, why nodes hit or miss, upkeep"),
 }
 
+_CLOSE = 0.75
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -50,9 +51,10 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             hint = f"see `{self.prog} --help`"
-            name = unknown[0].partition("=")[0]
-            if near := difflib.get_close_matches(name, self._option_string_actions, 1):
-                hint = f"did you mean {near[0]}? Else {hint}"
+            names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+            name = unknown[0].partition("=")[0].lstrip("-")
+            if near := difflib.get_close_matches(name, names, 1, _CLOSE):
+                hint = f"did you mean --{near[0]}? Else {hint}"
             self._refuse(f"unrecognized arguments: {' '.join(unknown)}", hint)
         return found, []
 
@@ -78,12 +80,12 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _parser(next((word for word in argv if word in COMMANDS), None))
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return EXIT_USAGE
     try:
+        parser = _parser(next((word for word in argv if word in COMMANDS), None))
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return EXIT_USAGE
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except TrainOnceError as error:
         print(f"error: {error.message}", file=sys.stderr)

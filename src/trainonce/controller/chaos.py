@@ -12,7 +12,8 @@ from trainonce.wire.faults import LAUNCHER_FAULTS
 
 if TYPE_CHECKING:
     from trainonce.controller.capacity import Capacity
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.handle import WorkerHandle
+    from trainonce.controller.job import Job
     from trainonce.controller.migration import Migration
     from trainonce.controller.recovery import Recovery
     from trainonce.wire.faults import Fault

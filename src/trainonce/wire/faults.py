@@ -121,6 +121,8 @@ def parse_plan(text: str) -> list[Fault]:
                     values["seconds"] = _seconds(value, entry)
                 else:
                     values[key] = _KEYS[key](value)
+            except ConfigError:
+                raise
             except KeyError:
                 raise ConfigError(
                     f"unknown field {key!r} in {entry!r}",

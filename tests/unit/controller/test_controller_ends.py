@@ -57,6 +57,17 @@ def test_the_same_exception_in_the_same_section_twice_ends_the_job_with_its_trac
     assert all(process.reaped for process in b.engine.started)
 
 
+def test_a_long_exception_is_told_in_one_line_and_kept_whole(bench):
+    b = bench(spares=1).ready()
+    b.commit(3)
+    _fail(b, 1, "size mismatch\nfor layer 1\nfor layer 2")
+    b.form(3)
+    b.commit(4)
+    (incident,) = b.of_kind("incident")
+    assert incident.detail.count("\n") == 2
+    assert "raised ValueError: size mismatch at step 3; a spare took its place" in b.lines[-1]
+
+
 def test_the_same_exception_from_every_rank_ends_the_job(bench):
     b = bench(spares=2).ready()
     b.commit(3)

@@ -57,7 +57,7 @@ def _show(job: dict[str, Any]) -> None:
         print(f"  slot {_slots(job)} is lost")
     print(f"  {'rank':>6}  {'pid':>8}  {'step':>8}  phase")
     for worker in job["workers"]:
-        role = "leaves" if worker["leaving"] else "spare"
+        role = "leaves" if worker.get("leaving") else "spare"  # an older launcher does not say
         rank = role if worker["rank"] is None else worker["rank"]
         place = f" ({worker['parked']})" if worker["parked"] else ""
         if worker["guest_of"] is not None:

@@ -30,10 +30,13 @@
     └── WireError (ConnectionError)         a message that does not fit the protocol
 
 An error says what happened, with which values; `hint` says what to do next. Errors survive
-pickling.
+pickling. Whether trying again could help is told by type: `misuse` is true of those about how
+the script uses the package.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 
 class TrainOnceError(Exception):
@@ -43,6 +46,9 @@ class TrainOnceError(Exception):
         message: What happened, with the values that made it happen.
         hint: What the user can do next; shown on a line of its own.
     """
+
+    misuse: ClassVar[bool] = False
+    """The script asks for what cannot be, and would ask for it again."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -63,9 +69,13 @@ def _rebuild(cls: type[TrainOnceError], message: str, hint: str | None) -> Train
 class ConfigError(TrainOnceError, ValueError):
     """A setting, option or argument cannot be used."""
 
+    misuse = True
+
 
 class StateError(TrainOnceError, RuntimeError):
     """Protected state cannot be kept or restored."""
+
+    misuse = True
 
 
 class StateMismatchError(StateError):
@@ -79,9 +89,13 @@ class EncodingError(StateError, TypeError):
 class StepError(TrainOnceError, RuntimeError):
     """`@run.step` is used in a way that cannot be exactly once."""
 
+    misuse = True
+
 
 class CollectiveError(TrainOnceError, RuntimeError):
     """Ranks disagree about which collective comes next, or it is not supported."""
+
+    misuse = True
 
 
 class RecoveryError(TrainOnceError, RuntimeError):
@@ -90,6 +104,8 @@ class RecoveryError(TrainOnceError, RuntimeError):
 
 class DataError(TrainOnceError, ValueError):
     """A dataset or loader cannot be sharded or resumed."""
+
+    misuse = True
 
 
 class CheckpointError(TrainOnceError, RuntimeError):

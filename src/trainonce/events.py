@@ -58,6 +58,7 @@ class JobEnded(Event):
         steps: Committed steps.
         reason: Why it ended so.
         supported: The script called `trainonce.init()`; nothing is known of a plain script's time.
+        unfired: Faults of the plan that did not fire, as entries of a plan.
     """
 
     kind: ClassVar[str] = "job_ended"
@@ -66,6 +67,7 @@ class JobEnded(Event):
     steps: int
     reason: str = ""
     supported: bool = True
+    unfired: list[str] = field(default_factory=lambda: [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,9 @@ class Incident(Event):
     Args:
         incident: Counts from 1 within the job.
         ranks: Which ranks it hit.
-        cause: "signal", "exit", "exception", "hang", "oom", "connection", "corruption",
-            "migration", "launcher".
+        cause: "signal", "exit", "exception", "misuse" (an exception of ours about how the script
+            uses the package), "recovery" (one of ours that ended a rank's rebuild), "hang",
+            "oom", "connection", "corruption", "migration", "launcher".
         detail: One phrase: "SIGKILL", "exit code 1", "no progress for 12.0 s".
         detected_by: "process exit", "progress", "stopped process", "collective", "request",
             "digest", "health", "drain", "capacity".

@@ -201,6 +201,16 @@ def test_the_functions_that_are_looked_for_on_the_stack_are_plain_python():
         assert function.__code__.co_filename.endswith("distributed.py")
 
 
+def test_a_schedule_asks_its_optimizer_whether_it_was_stepped():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert not torch_private.was_stepped(optimizer)
+    torch_private.set_stepped(optimizer, True)
+    scheduler.step()  # warnings are errors
+    optimizer.step()
+    assert torch_private.was_stepped(optimizer)
+
+
 def test_version_counters_count_changes_and_not_those_of_normalisation_layers():
     tensor = torch.zeros(3)
     before = tensor._version

@@ -5,7 +5,8 @@ import argparse
 import pytest
 
 from trainonce.controller import environment
-from trainonce.controller.options import RunOptions, add_arguments, from_args, stream_modes
+from trainonce.controller.arguments import add_arguments, from_args, stream_modes
+from trainonce.controller.options import RunOptions
 from trainonce.errors import ConfigError
 
 

@@ -119,11 +119,16 @@ def test_the_same_death_in_the_same_section_is_a_bug():
     assert judge_death([death(), death()], 2).action is Action.END
 
 
-def test_what_we_refuse_in_the_set_up_ends_the_job_at_once():
-    assert judge_death([death(step=-1, misuse=True)], 2).action is Action.END
-    assert judge_death([death(step=-1)], 2).action is Action.REPLACE
-    # In a step it may be the environment of one rank.
-    assert judge_death([death(step=5, misuse=True)], 2).action is Action.REPLACE
+@pytest.mark.parametrize("step", [-1, 5])
+def test_what_we_refuse_ends_the_job_at_once(step):
+    assert judge_death([death(step=step, cause="misuse")], 2).action is Action.END
+    assert judge_death([death(step=step)], 2).action is Action.REPLACE
+
+
+def test_a_rebuild_that_fails_is_tried_once_more():
+    failed = death(cause="recovery", detail="RecoveryError: x")
+    assert judge_death([failed], 2).action is Action.REPLACE
+    assert judge_death([failed] * 2, 2).action is Action.END
 
 
 def test_another_exception_in_the_same_section_is_another_failure():
@@ -273,13 +278,20 @@ def test_want_of_memory_on_a_shared_device_is_no_bug_of_the_script():
 
 
 def test_ranks_that_took_different_ways_through_the_script_are_told_apart_from_a_hang():
-    def status(rank, phase, commits, pending=0):
-        return RankStatus(rank=rank, phase=phase, commits=commits, pending=pending, silent_s=20)
+    def status(rank, phase, commits, pending=0, inside=False):
+        return RankStatus(
+            rank=rank, phase=phase, commits=commits, pending=pending, inside=inside, silent_s=20
+        )
 
     ended = status(0, Phase.ENDING, 24)
-    decision = judge_progress([ended, status(1, Phase.COMPUTING, 24, pending=1)], LIMITS)
+    reduces = status(1, Phase.COMPUTING, 24, pending=1, inside=True)
+    decision = judge_progress([ended, reduces], LIMITS)
     assert decision.action is Action.END
     assert "step 24 for rank 0, whose script ended after 24 steps" in decision.reason
+    # Between steps it may wait for what rank 0 took part in: only a second time proves it.
+    between = [ended, status(1, Phase.WAITING, 24)]
+    assert judge_progress(between, LIMITS).action is Action.REFORM
+    assert judge_progress(between, LIMITS, reformed=True).action is Action.END
     # The last step of the rank that has not ended: its message may be lost.
     behind = judge_progress([ended, status(1, Phase.WAITING, 23)], LIMITS)
     assert behind.action is Action.REFORM

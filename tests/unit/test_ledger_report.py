@@ -147,12 +147,22 @@ def test_time_on_shared_devices_is_told_and_counts_as_productive(tmp_path: Path)
     )
 
 
+def test_planned_faults_that_did_not_fire_are_told(tmp_path: Path) -> None:
+    over = dataclasses.replace(end(100, 50), unfired=["kill rank=1 step=500 point=begin"])
+    write(tmp_path, j=[*begin("j"), over])
+    report = report_of(tmp_path)
+    assert "a planned fault did not fire: kill rank=1 step=500" in render(report, detailed=True)
+    (job,) = to_json(report)["jobs"]
+    assert job["facts"]["unfired"] == over.unfired
+
+
 def test_only_unplanned_failures_count_for_the_guarantee(tmp_path: Path) -> None:
     write(tmp_path, golden=golden_job())
     guarantee = report_of(tmp_path).guarantee
     assert (guarantee.n, guarantee.resolved, guarantee.verdict) == (2, 2, "kept")
     assert guarantee.apart == {
-        "chaos": 1, "planned move": 1, "exception in user code": 0, "run without trainonce.init": 0,
+        "chaos": 1, "planned move": 1, "exception in user code": 0, "misuse of trainonce": 0,
+        "run without trainonce.init": 0,
     }  # fmt: skip
     assert guarantee.by_cause == {"signal": (1, 1), "hang": (1, 1)}
 
@@ -197,6 +207,8 @@ def test_incidents_of_another_contract_year_do_not_count() -> None:
         ({"chaos": True}, "chaos"),
         ({"planned": True, "cause": "migration"}, "planned move"),
         ({"cause": "exception", "detail": "ValueError: x"}, "exception in user code"),
+        ({"cause": "misuse", "detail": "StepError: x"}, "misuse of trainonce"),
+        ({"cause": "recovery", "detail": "RecoveryError: x"}, "failure"),
         ({"supported": False}, "run without trainonce.init"),
         ({"cause": "exception", "detail": "CUDA out of memory. NCCL"}, "exception in user code"),
         ({"cause": "exception", "detail": "CUDA error: uncorrectable ECC error"}, "failure"),

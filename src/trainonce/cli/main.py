@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import trainonce
 from trainonce.errors import TrainOnceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Command -> (module, one line of help). A module offers `add_arguments(parser)` and
 # `run(args) -> int`; it is imported only when its command is called.
@@ -28,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "graph": ("trainonce.cli.graph", "what the store holds, why nodes hit or miss, upkeep"),
 }
 
+_CLOSE = 0.75
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -37,7 +42,24 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message`, point to the help, and exit."""
-        print(f"error: {message}\n\nhint: see `{self.prog} --help`", file=sys.stderr)
+        self._refuse(message, f"see `{self.prog} --help`")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; what is left over is refused here, where the help is that of the command."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = f"see `{self.prog} --help`"
+            names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+            name = unknown[0].partition("=")[0].lstrip("-")
+            if near := difflib.get_close_matches(name, names, 1, _CLOSE):
+                hint = f"did you mean --{near[0]}? Else {hint}"
+            self._refuse(f"unrecognized arguments: {' '.join(unknown)}", hint)
+        return found, []
+
+    def _refuse(self, message: str, hint: str) -> NoReturn:
+        print(f"error: {message}\n\nhint: {hint}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 
 
@@ -58,13 +80,12 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and argv[0] in COMMANDS else None
-    parser = _parser(command)
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return EXIT_USAGE
     try:
+        parser = _parser(next((word for word in argv if word in COMMANDS), None))
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return EXIT_USAGE
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except TrainOnceError as error:
         print(f"error: {error.message}", file=sys.stderr)

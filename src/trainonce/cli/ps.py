@@ -48,14 +48,17 @@ def _show(job: dict[str, Any]) -> None:
         f"{job['job']}  {job['script']}  launcher pid {job['pid']}  step {job['step']}"
         f"  generation {job['generation']}  incidents {job['incidents']}"
     )
+    ranks = ", ".join(map(str, job["lost_ranks"]))
     if job["short"]:
-        ranks = ", ".join(map(str, job["lost_ranks"]))
         print(f"  waits for a device for rank {ranks}: slot {_slots(job)} is lost")
+    elif job["lost_ranks"]:
+        print(f"  waits for a worker for rank {ranks}")
     elif job["lost_slots"]:
         print(f"  slot {_slots(job)} is lost")
     print(f"  {'rank':>6}  {'pid':>8}  {'step':>8}  phase")
     for worker in job["workers"]:
-        rank = "spare" if worker["rank"] is None else worker["rank"]
+        role = "leaves" if worker.get("leaving") else "spare"  # an older launcher does not say
+        rank = role if worker["rank"] is None else worker["rank"]
         place = f" ({worker['parked']})" if worker["parked"] else ""
         if worker["guest_of"] is not None:
             place = f" (guest on the device of rank {worker['guest_of']})"

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from trainonce.controller import launch, options
+from trainonce.controller import arguments, launch
 from trainonce.errors import ConfigError, LedgerError
 from trainonce.events import BudgetCrossed
 from trainonce.ledger.store import Ledger
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the launcher's options, and what comes before the start."""
-    options.add_arguments(parser)
+    arguments.add_arguments(parser)
     parser.add_argument(
         "--smoke", action="store_true", help="two batches on the CPU first; start only if they work"
     )
@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the job and return its exit code."""
-    chosen = options.from_args(args)
+    chosen = arguments.from_args(args)
     if args.smoke or args.smoke_epoch:
         _smoke(chosen, epoch=args.smoke_epoch)
-    with contextlib.closing(Ledger.open()) as ledger:
+    with contextlib.closing(Ledger.open(on_error=_say)) as ledger:
         crossed: list[BudgetCrossed] = []
         if chosen.job and chosen.economics.budgets:
             # An id that ran before: what was told then is not told again.
@@ -59,10 +59,11 @@ def _smoke(chosen: RunOptions, *, epoch: bool) -> None:
         )
     limit_s = None if epoch else 600.0
     found = smoke_test(chosen.script, chosen.script_args, epoch=epoch, timeout_s=limit_s)
-    print(
-        f"trainonce: smoke test passed: {found.num_steps} updates,"
-        f" inputs {json.dumps(found.inputs[-1:])}, {found.num_parameters:,} parameters,"
-        f" state {found.state_bytes / 2**20:.1f} MiB",
-        file=sys.stderr,
-        flush=True,
+    _say(
+        f"smoke test passed: {found.num_steps} updates, inputs {json.dumps(found.inputs[-1:])},"
+        f" {found.num_parameters:,} parameters, state {found.state_bytes / 2**20:.1f} MiB"
     )
+
+
+def _say(text: str) -> None:
+    print(f"trainonce: {text}", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from trainonce.controller.job import Job
     from trainonce.controller.migration import Migration
     from trainonce.controller.recovery import Recovery
+    from trainonce.controller.restart import Restart
 
 
 class Capacity:
@@ -19,12 +20,16 @@ class Capacity:
     Args:
         job: The job.
         recovery: Serves ranks that wait for room.
+        restart: Starts all ranks once there is room for them.
         migration: Moves guests to slots of their own.
     """
 
-    def __init__(self, job: Job, recovery: Recovery, migration: Migration) -> None:
+    def __init__(
+        self, job: Job, recovery: Recovery, restart: Restart, migration: Migration
+    ) -> None:
         self._job = job
         self._recovery = recovery
+        self._restart = restart
         self._migration = migration
         self._guests: dict[int, int] = {}
         self._since_s = 0.0
@@ -36,7 +41,7 @@ class Capacity:
             return
         if job.short:
             self._recovery.serve()
-            self._recovery.continue_restart()
+            self._restart.proceed()
         if not job.membership.is_formed or job.restarting:
             return
         self._tell(job.guests())

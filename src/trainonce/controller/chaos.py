@@ -8,11 +8,12 @@ import signal
 from typing import TYPE_CHECKING
 
 from trainonce.events import FaultInjected
-from trainonce.wire.faults import WORKER_FAULTS
+from trainonce.wire.faults import LAUNCHER_FAULTS
 
 if TYPE_CHECKING:
     from trainonce.controller.capacity import Capacity
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.handle import WorkerHandle
+    from trainonce.controller.job import Job
     from trainonce.controller.migration import Migration
     from trainonce.controller.recovery import Recovery
     from trainonce.wire.faults import Fault
@@ -38,51 +39,44 @@ class Chaos:
         self._recovery = recovery
         self._migration = migration
         self._capacity = capacity
-        self._pending = [f for f in job.options.chaos if f.action not in (*WORKER_FAULTS, "random")]
+        self._planned = [f for f in job.options.chaos if f.action in LAUNCHER_FAULTS]
         self._random = [f for f in job.options.chaos if f.action == "random"]
         self._generators = {f.index: random.Random(f.seed) for f in self._random}
         self._due_s: dict[int, float] = {}
 
     def interval_s(self) -> float:
         """Return after how long to look again: soon while a fault waits for its step."""
-        return _WAITING_S if self._pending else _IDLE_S
+        waiting = any(fault.index not in self._job.fired for fault in self._planned)
+        return _WAITING_S if waiting else _IDLE_S
 
     def look(self) -> None:
         """Carry out what is due."""
         job = self._job
         if not job.all_ready or job.is_ending or job.stopping or job.restarting:
             return
-        for fault in [f for f in self._pending if job.step >= f.step]:
-            if self._carry_out(fault):
-                self._pending.remove(fault)
+        for fault in self._planned:
+            if fault.index not in job.fired and job.step >= fault.step:
+                self._carry_out(fault)
         for fault in self._random:
             self._random_fault(fault)
 
-    def _carry_out(self, fault: Fault) -> bool:
-        """Return False where it has to wait for its occasion."""
+    def _carry_out(self, fault: Fault) -> None:
+        """Carry out `fault`, unless it has to wait for its occasion."""
         job = self._job
+        spares = [handle for handle in job.spares() if handle.parked]
         if fault.action == "kill_launcher":
-            self._record(fault.action, -1, os.getpid())
+            self._record(fault, fault.action, -1, os.getpid())
             os.kill(os.getpid(), signal.SIGKILL)
-        if fault.action == "kill_spare":
-            spares = [handle for handle in job.spares() if handle.parked]
-            if not spares:
-                return False
-            self._record(fault.action, -1, spares[0].pid)
-            self._hit(spares[0], signal.SIGKILL, fault.action)
-            return True
-        if fault.action == "restore":
-            self._record(fault.action, -1, 0)
+        elif fault.action == "kill_spare" and spares:
+            self._hit(fault, fault.action, spares[0])
+        elif fault.action == "restore":
+            self._record(fault, fault.action, -1, 0)
             self._capacity.restore()
-            return True
-        if not job.membership.is_formed:
-            return False
-        if fault.action == "reset":
-            self._record(fault.action, fault.rank, 0)
+        elif fault.action == "reset" and job.membership.is_formed:
+            self._record(fault, fault.action, fault.rank, 0)
             self._recovery.reform("reset by the fault plan", chaos=True)
-        elif fault.action == "migrate":
-            self._migrate(fault.rank)
-        return True
+        elif fault.action == "migrate" and job.membership.is_formed:
+            self._migrate(fault, fault.rank)
 
     def _random_fault(self, fault: Fault) -> None:
         job = self._job
@@ -97,7 +91,7 @@ class Chaos:
         action = generator.choice(("kill", "stop", "migrate", "kill_spare"))
         rank = generator.randrange(job.options.nproc)
         if action == "migrate":
-            self._migrate(rank)
+            self._migrate(fault, rank)
             return
         spares = job.spares()
         handle = spares[0] if action == "kill_spare" and spares else job.holder(rank)
@@ -105,18 +99,19 @@ class Chaos:
             return
         if action == "kill_spare" and not spares:
             action = "kill"
-        self._record(action, handle.rank, handle.pid)
-        self._hit(handle, signal.SIGSTOP if action == "stop" else signal.SIGKILL, action)
+        self._hit(fault, action, handle)
 
-    def _hit(self, handle: WorkerHandle, signum: int, action: str) -> None:
+    def _hit(self, fault: Fault, action: str, handle: WorkerHandle) -> None:
+        self._record(fault, action, handle.rank, handle.pid)
         handle.chaos = action
-        handle.process.signal_group(signum)
+        handle.process.signal_group(signal.SIGSTOP if action == "stop" else signal.SIGKILL)
 
-    def _migrate(self, rank: int) -> None:
+    def _migrate(self, fault: Fault, rank: int) -> None:
         handle = self._job.holder(rank)
-        self._record("migrate", rank, handle.pid if handle else 0)
-        self._migration.request(rank, lambda _ok, _text: None, chaos=True)
+        if self._migration.request(rank, lambda _ok, _text: None, chaos=True):
+            self._record(fault, "migrate", rank, handle.pid if handle else 0)
 
-    def _record(self, action: str, rank: int, pid: int) -> None:
+    def _record(self, fault: Fault, action: str, rank: int, pid: int) -> None:
         job = self._job
+        job.fired.add(fault.index)
         job.record(FaultInjected(fault=action, rank=rank, step=job.step, point="", pid=pid))

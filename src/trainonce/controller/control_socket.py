@@ -161,7 +161,9 @@ def status(supervisor: Supervisor) -> dict[str, Any]:
     job = supervisor.job
     guests = job.guests()
     workers: list[dict[str, Any]] = []
-    for handle in sorted(job.workers.values(), key=lambda h: (h.rank < 0, h.rank, h.worker)):
+    # One whose death was noticed keeps its rank until it is reaped, and has a successor by then.
+    alive = [handle for handle in job.workers.values() if handle.lives]
+    for handle in sorted(alive, key=lambda h: (h.rank < 0, h.dismissed, h.rank, h.worker)):
         page = handle.process.progress.snapshot()
         phase = Phase(page["phase"]).name.lower() if page["phase"] in list(Phase) else "unknown"
         workers.append(
@@ -174,6 +176,7 @@ def status(supervisor: Supervisor) -> dict[str, Any]:
                 "slot": handle.slot,
                 "guest_of": guests.get(handle.rank),
                 "parked": handle.parked if handle.rank < 0 else "",
+                "leaving": handle.dismissed,
             }
         )
     return {

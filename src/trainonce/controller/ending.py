@@ -9,7 +9,8 @@ from trainonce.controller.exit_codes import ExitCode
 from trainonce.wire.messages import Checkpoint
 
 if TYPE_CHECKING:
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.handle import WorkerHandle
+    from trainonce.controller.job import Job
 
 # How long a worker may take to leave after it was told to.
 _LEAVE_S = 30.0
@@ -38,11 +39,25 @@ class Ending:
         """Finish the job if every rank is done."""
         job = self._job
         if len(job.done_ranks) == job.options.nproc:
-            self._finish_if_open(ExitCode.OK, "completed", "")
+            self.finish(ExitCode.OK, "completed", "")
 
     def finish(self, code: int, outcome: str, reason: str) -> None:
         """Settle the outcome and end every worker. The first outcome stays."""
-        self._finish_if_open(code, outcome, reason)
+        job = self._job
+        if job.is_ending:
+            return
+        job.exit_code, job.outcome, job.reason = int(code), outcome, reason
+        job.incidents.close_all(served=outcome == "completed")
+        job.timers.after(_GIVE_UP_S, self._give_up)
+        plain = not (job.uses_trainonce or job.stopping)  # it may want to clean up
+        for handle in list(job.workers.values()):
+            if outcome == "completed":
+                self._dismiss(handle)
+                continue
+            handle.dismissed = True
+            handle.process.signal_group(signal.SIGTERM if plain else signal.SIGKILL)
+            if plain:
+                job.timers.after(_TERMINATE_S, handle.kill)
 
     def stop(self, signum: int) -> None:
         """End the job for a signal: the first time with a checkpoint, the second time at once."""
@@ -57,7 +72,7 @@ class Ending:
             job.say(f"{name} again: ending at once")
             job.stopping = job.stopping or code
             why = f"{name}, twice" if self._why in ("", name) else f"{self._why}; {name}"
-            self._finish_if_open(job.stopping, "interrupted", why)
+            self.finish(job.stopping, "interrupted", why)
             for handle in job.workers.values():
                 handle.process.signal_group(signal.SIGKILL)
             return
@@ -97,32 +112,14 @@ class Ending:
         job = self._job
         if job.stopping and not any(h.rank >= 0 for h in job.workers.values()):
             saved = "a checkpoint was written" if self._saved_at_stop else "no checkpoint written"
-            self._finish_if_open(job.stopping, "interrupted", f"{self._why}; {saved}")
+            self.finish(job.stopping, "interrupted", f"{self._why}; {saved}")
 
     def _grace_over(self) -> None:
         job = self._job
         if job.is_ending:
             return
         job.say(f"the workers did not end within {job.options.grace_s:g} s: killing them")
-        self._finish_if_open(job.stopping, "interrupted", f"{self._why}; grace exceeded")
-
-    def _finish_if_open(self, code: int, outcome: str, reason: str) -> None:
-        job = self._job
-        if job.is_ending:
-            return
-        job.exit_code, job.outcome, job.reason = int(code), outcome, reason
-        job.incidents.close_all(served=outcome == "completed")
-        job.timers.after(_GIVE_UP_S, self._give_up)
-        for handle in list(job.workers.values()):
-            if outcome == "completed":
-                self._dismiss(handle)
-            elif job.uses_trainonce or job.stopping:
-                handle.dismissed = True
-                handle.process.signal_group(signal.SIGKILL)
-            else:
-                handle.dismissed = True
-                handle.process.signal_group(signal.SIGTERM)
-                job.timers.after(_TERMINATE_S, handle.kill)
+        self.finish(job.stopping, "interrupted", f"{self._why}; grace exceeded")
 
     def _give_up(self) -> None:
         for handle in self._job.workers.values():

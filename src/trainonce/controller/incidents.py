@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trainonce.events import Incident
+from trainonce.ledger.words import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -221,15 +222,18 @@ def what_happened(event: Incident | OpenIncident) -> str:
     plural = len(event.ranks) != 1
     who = f"rank{'s' if plural else ''} {' and '.join(map(str, event.ranks))}"
     pids = f"(pid{'s' if plural else ''} {', '.join(map(str, event.pids))})"
+    detail = one_line(event.detail)
     what = {
-        "signal": f"{who} {pids} died of {event.detail}",
-        "oom": f"{who} {pids} was killed for memory",
-        "exit": f"{who} {pids} ended with {event.detail} before the job was done",
-        "exception": f"{who} {pids} raised {event.detail}",
-        "hang": f"{who} {pids} hung: {event.detail}",
-        "connection": f"the connection between the ranks broke ({event.detail})",
+        "signal": f"{who} {pids} died of {detail}",
+        "oom": f"{who} {pids} {'were' if plural else 'was'} killed for memory",
+        "exit": f"{who} {pids} ended with {detail} before the job was done",
+        "exception": f"{who} {pids} raised {detail}",
+        "misuse": f"{who} {pids} raised {detail}",
+        "recovery": f"{who} {pids} could not be rebuilt: {detail}",
+        "hang": f"{who} {pids} hung: {detail}",
+        "connection": f"the connection between the ranks broke ({detail})",
         "migration": f"{who} {pids} moved {_why_moved(event)}",
-    }.get(event.cause, f"{who} {pids}: {event.cause}, {event.detail}")
+    }.get(event.cause, f"{who} {pids}: {event.cause}, {detail}")
     return f"{what} at step {event.step}"
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import selectors
-import signal
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from trainonce.controller import environment
+from trainonce.controller.handle import WorkerHandle
+from trainonce.controller.held import Held
 from trainonce.controller.incidents import IncidentTracker
 from trainonce.controller.membership import Membership
 from trainonce.controller.policy import SpareStatus
-from trainonce.controller.slots import Place, Slots, guests
+from trainonce.controller.slots import Slots, guests
 from trainonce.controller.timers import Timers
 from trainonce.engines.base import LaunchSpec
 from trainonce.wire.faults import WORKER_FAULTS
@@ -28,10 +26,11 @@ if TYPE_CHECKING:
     from trainonce.controller.logs import LogFiles
     from trainonce.controller.options import RunOptions
     from trainonce.controller.policy import Death, SlotStatus
+    from trainonce.controller.slots import Place
     from trainonce.controller.store import Store
-    from trainonce.engines.base import Engine, ExitStatus, WorkerProcess
+    from trainonce.engines.base import Engine
     from trainonce.events import Event, Incident
-    from trainonce.wire.messages import Failed, FaultFiring, Message
+    from trainonce.wire.faults import Fault
 
 DEFAULT_RESTARTS = 3
 # How long a worker that waits at a commit, or for a rank, may take to leave.
@@ -52,75 +51,6 @@ class View(Protocol):
     def say(self, text: str) -> None:
         """Show one line."""
         ...
-
-
-@dataclass(frozen=True)
-class Doom:
-    """Why the launcher itself ended a worker; the words are those of an incident."""
-
-    cause: str
-    detail: str
-    detected_by: str
-
-
-@dataclass(kw_only=True, eq=False)
-class WorkerHandle:
-    """One worker as the launcher knows it.
-
-    `rank` is -1 while it holds none; `slot` is where it runs; `device` is the PCI address of its
-    GPU, empty for none; `stacks_signal` makes it write its stacks, 0 for none.
-    """
-
-    worker: int
-    process: WorkerProcess
-    rank: int
-    slot: int
-    connected: bool = True
-    watched: bool = True
-    said_hello: bool = False
-    parked: str = ""
-    ready: bool = False
-    failed: Failed | None = None
-    firing: FaultFiring | None = None
-    doom: Doom | None = None
-    chaos: str = ""
-    dismissed: bool = False
-    fenced: bool = False
-    ended: ExitStatus | None = None
-    stopped_since_s: float | None = None
-    promoted_s: float | None = None
-    device: str = ""
-    stacks_signal: int = 0
-
-    @property
-    def host(self) -> str:
-        """Name of the host it runs on."""
-        return self.process.host
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self.process.pid
-
-    @property
-    def place(self) -> Place:
-        """Where it runs."""
-        return Place(host=self.host, slot=self.slot, device=self.device, worker=self.worker)
-
-    @property
-    def lives(self) -> bool:
-        """Whether it takes up its slot."""
-        return self.ended is None and not self.fenced
-
-    def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        """Send `message`. A worker that is gone will be noticed by its exit."""
-        if self.connected:
-            self.process.channel.try_send(message, fds)
-
-    def kill(self) -> None:
-        """Kill it and what it started, unless it has ended."""
-        if self.ended is None:
-            self.process.signal_group(signal.SIGKILL)
 
 
 class Job:
@@ -154,6 +84,8 @@ class Job:
         self.selector = selectors.DefaultSelector()
         self.membership = Membership(workers=())
         self.workers: dict[int, WorkerHandle] = {}
+        self.mirrors = Held()
+        self.shadows = Held()
         self.slots = Slots(count=options.nproc + options.spares, host=engine.host)
         self.short = 0
         self.incidents = IncidentTracker(clock, engine.host, self._incident_closed)
@@ -177,8 +109,6 @@ class Job:
         self.store = store
         self.resume_from = ""
         self._initial_resume = resume
-        self._mirrors: dict[int, int] = {}
-        self._shadows: dict[int, int] = {}
         self._next_worker = 0
         self._said: set[str] = set()
 
@@ -225,6 +155,11 @@ class Job:
         if self.options.max_restarts is not None:
             return self.options.max_restarts
         return DEFAULT_RESTARTS if self.uses_trainonce else 0
+
+    @property
+    def unfired(self) -> list[Fault]:
+        """The faults of the plan that have not fired."""
+        return [fault for fault in self.options.chaos if fault.index not in self.fired]
 
     @property
     def is_ending(self) -> bool:
@@ -345,36 +280,10 @@ class Job:
 
     # ------------------------------------------------------------------ generations
 
-    def keep_mirror(self, rank: int, fd: int) -> None:
-        """Hold the shared memory with the local state of `rank`; owns `fd`."""
-        if (old := self._mirrors.pop(rank, None)) is not None:
-            os.close(old)
-        self._mirrors[rank] = fd
-
-    def keep_shadow(self, rank: int, fd: int) -> None:
-        """Hold the shared memory with a copy of the state of `rank`; owns `fd`."""
-        if (old := self._shadows.pop(rank, None)) is not None:
-            os.close(old)
-        self._shadows[rank] = fd
-
     @property
     def has_shadows(self) -> bool:
         """Whether there is a shadow of every rank's state."""
-        return len(self._shadows) == self.options.nproc
-
-    def drop_shadows(self) -> None:
-        """Let go of all shadows: the job is over."""
-        for fd in self._shadows.values():
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self._shadows.clear()
-
-    def drop_mirrors(self) -> None:
-        """Let go of all mirrors: all ranks start again, or the job is over."""
-        for fd in self._mirrors.values():
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self._mirrors.clear()
+        return len(self.shadows) == self.options.nproc
 
     def send_generation(self, rank: int) -> None:
         """Tell the worker of `rank` the current membership."""
@@ -383,9 +292,9 @@ class Job:
             return
         membership = self.membership
         newcomer = rank in membership.newcomers
-        mirror = (self._mirrors[rank],) if newcomer and rank in self._mirrors else ()
+        mirror = self.mirrors.of(rank) if newcomer else ()
         starts = newcomer or (membership.generation == 1 and self.has_shadows)
-        shadow = (self._shadows[rank],) if starts and rank in self._shadows else ()
+        shadow = self.shadows.of(rank) if starts else ()
         message = Generation(
             generation=membership.generation,
             rank=rank,
@@ -395,10 +304,8 @@ class Job:
             incarnation=membership.incarnation,
             faults=[
                 fault.to_record()
-                for fault in self.options.chaos
-                if fault.action in WORKER_FAULTS
-                and fault.rank == rank
-                and fault.index not in self.fired
+                for fault in self.unfired
+                if fault.action in WORKER_FAULTS and fault.rank == rank
             ],
             resume="" if self.all_ready else self.resume_from,
             mirrors=len(mirror),

@@ -118,7 +118,7 @@ def run_job(options: RunOptions, ledger: Ledger, *, crossed: Iterable[BudgetCros
             crossed=crossed,
         )
         code = supervisor.run()
-        live.say(_last_line(job, code))
+        live.say(last_line(job, code))
         return code
 
 
@@ -143,9 +143,14 @@ def _first_line(options: RunOptions, job: Job) -> str:
     return f"job {job.id}: {ranks}{spares if options.spares else ''}{resume}{threads}"
 
 
-def _last_line(job: Job, code: int) -> str:
+def last_line(job: Job, code: int) -> str:
+    """Return the launcher's last word on `job`."""
     reason = f": {job.reason}" if job.reason else ""
     incidents = job.incidents.total
     after = f", {incidents} incident{'s' if incidents != 1 else ''}" if incidents else ""
     steps = f" after {job.step} step{'s' if job.step != 1 else ''}" if job.step else ""
-    return f"job {job.id} {job.outcome}{steps}{after}, exit code {code}{reason}"
+    missed = ""
+    if job.unfired:
+        some = ", ".join(f'"{fault}"' for fault in job.unfired)
+        missed = f", {len(job.unfired)} of {len(job.options.chaos)} faults did not fire ({some})"
+    return f"job {job.id} {job.outcome}{steps}{after}{missed}, exit code {code}{reason}"

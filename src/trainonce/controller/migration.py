@@ -12,7 +12,8 @@ from trainonce.wire.messages import Drain
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.handle import WorkerHandle
+    from trainonce.controller.job import Job
     from trainonce.controller.recovery import Recovery
     from trainonce.events import Incident
 

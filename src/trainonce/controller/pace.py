@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from trainonce.events import StragglerFound
 
 if TYPE_CHECKING:
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.handle import WorkerHandle
+    from trainonce.controller.job import Job
     from trainonce.fleet.stragglers import Straggler, StragglerDetector
 
 # What a slow rank costs has to be seen in the length of a step, too: where ranks wait for each

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainonce.errors import ConfigError
+from trainonce.ledger.words import one_line
 from trainonce.wire.progress import Phase
 
 if TYPE_CHECKING:
@@ -63,8 +64,12 @@ class HangLimits:
     stopped_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.floor_s, self.outside_floor_s, self.multiple, self.forming_s) <= 0:
-            raise ConfigError(f"a hang limit must be above 0, not {self}")
+        limits = (self.floor_s, self.outside_floor_s, self.multiple, self.forming_s)
+        if not all(limit > 0 for limit in limits):
+            raise ConfigError(
+                f"a hang limit must be above 0, not {min(limits):g}",
+                hint="give --hang-timeout-s more than 0 seconds",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,7 @@ class RankStatus:
         busy_s: For how much longer it said it would be saving or compiling.
         stopped_s: For how long its process has been stopped; 0 if it runs.
         newcomer: Its worker is not consistent yet, or was promoted in this generation.
+        inside: It is inside a section.
     """
 
     rank: int
@@ -92,6 +98,7 @@ class RankStatus:
     busy_s: float = 0.0
     stopped_s: float = 0.0
     newcomer: bool = False
+    inside: bool = False
 
     @property
     def waits(self) -> bool:
@@ -109,19 +116,22 @@ def judge_progress(
     *,
     step_times_s: Sequence[float] = (),
     forming_s: float | None = None,
+    reformed: bool = False,
 ) -> Decision:
     """Decide whether some rank hangs, and which.
 
     The culprit is a rank that has not entered the collective the others wait in. A rank
     that makes progress, however slow, is left alone; so is a job in which nobody waits for
     anybody, since then no rank is proven to be at fault. Where the script of some ranks has
-    ended while the others wait in a later step, they took different ways through it.
+    ended while the others wait in a later step, they took different ways through it. Where
+    they may also wait for what came before, new connections are tried first.
 
     Args:
         ranks: Every rank that has a worker.
         limits: How long is too long.
         step_times_s: Recent step times.
         forming_s: For how long the current generation has been forming; None once formed.
+        reformed: These ranks were connected again in this very step, and it did not help.
     """
     stopped = [r for r in ranks if r.stopped_s > limits.stopped_s]
     if stopped:
@@ -161,7 +171,8 @@ def judge_progress(
         return Decision(Action.REPLACE, reason, tuple(r.rank for r in others if r.issued == least))
     ended = [r for r in ranks if r.phase in _ENDED]
     left = [r for r in waiting if r not in ended]
-    if ended and left and min(r.commits for r in left) >= max(r.commits for r in ended):
+    parted = ended and left and min(r.commits for r in left) >= max(r.commits for r in ended)
+    if parted and (reformed or all(r.inside for r in left)):
         return Decision(
             Action.END,
             f"rank {left[0].rank} waits in step {left[0].commits} for rank {ended[0].rank}, whose"
@@ -186,7 +197,6 @@ class Death:
         chaos: A fault plan did it.
         signum: The signal that ended it; 0 for none.
         crowded: It lacked memory while it shared a device: the launcher's doing.
-        misuse: The script asked us for what cannot be.
     """
 
     rank: int
@@ -196,7 +206,6 @@ class Death:
     chaos: bool = False
     signum: int = 0
     crowded: bool = False
-    misuse: bool = False
 
     @property
     def signature(self) -> tuple[int, str, str]:
@@ -217,7 +226,7 @@ def is_of_the_script(death: Death) -> bool:
     """Tell whether `death` looks like the script's own doing."""
     if death.chaos or death.crowded:
         return False
-    return death.cause in ("exception", "exit") or death.signum in _OF_THE_PROGRAM
+    return death.cause in ("exception", "misuse", "exit") or death.signum in _OF_THE_PROGRAM
 
 
 def judge_death(history: Sequence[Death], world_size: int) -> Decision:
@@ -226,7 +235,7 @@ def judge_death(history: Sequence[Death], world_size: int) -> Decision:
     The same death of the same rank in the same section, by the worker that replaced the
     first, is a bug and not a failure: the second time if the script did it, the fifth time
     if it came from outside. So is the same exception from all ranks, and at once what we
-    refuse in the set-up.
+    refuse.
 
     Args:
         history: Every death of the job, oldest first.
@@ -240,23 +249,23 @@ def judge_death(history: Sequence[Death], world_size: int) -> Decision:
     alike = [d for d in history if not (d.chaos or d.crowded) and d.signature == last.signature]
     times = sum(d.rank == last.rank for d in alike)
     ranks = {d.rank for d in alike}
+    what = one_line(last.detail)
     where = f"step {last.step}" if last.step >= 0 else "the set-up"
-    if last.misuse and last.step < 0:
-        return Decision(
-            Action.END, f"rank {last.rank} ended with {last.detail} in {where}", (last.rank,)
-        )
-    limit = _LIMIT_OF_THE_PROGRAM if is_of_the_script(last) else _LIMIT_FROM_OUTSIDE
+    if last.cause == "misuse":
+        return Decision(Action.END, f"rank {last.rank} ended with {what} in {where}", (last.rank,))
+    again = is_of_the_script(last) or last.cause == "recovery"  # which would end the same way
+    limit = _LIMIT_OF_THE_PROGRAM if again else _LIMIT_FROM_OUTSIDE
     if times >= limit:
         return Decision(
             Action.END,
-            f"rank {last.rank} ended with {last.detail} in {where}, {times} times",
+            f"rank {last.rank} ended with {what} in {where}, {times} times",
             (last.rank,),
         )
     if last.cause == "exception" and world_size > 1 and len(ranks) == world_size:
         return Decision(
-            Action.END, f"every rank ended with {last.detail} in {where}", tuple(sorted(ranks))
+            Action.END, f"every rank ended with {what} in {where}", tuple(sorted(ranks))
         )
-    return Decision(Action.REPLACE, f"{last.detail} in {where}, for the first time", (last.rank,))
+    return Decision(Action.REPLACE, f"{what} in {where}, for the first time", (last.rank,))
 
 
 # ------------------------------------------------------------------------------- spares

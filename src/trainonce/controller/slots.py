@@ -15,7 +15,7 @@ from trainonce.controller.policy import SlotStatus
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from trainonce.controller.job import WorkerHandle
+    from trainonce.controller.handle import WorkerHandle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING
 
-from trainonce.controller.job import Doom
+from trainonce.controller.handle import Doom
 from trainonce.controller.live import Snapshot
 from trainonce.controller.pace import Pace
 from trainonce.controller.policy import Action, Decision, RankStatus, judge_progress
@@ -15,7 +15,8 @@ from trainonce.wire.messages import Committed, DumpCollectives
 from trainonce.wire.progress import Phase
 
 if TYPE_CHECKING:
-    from trainonce.controller.job import Job, WorkerHandle
+    from trainonce.controller.handle import WorkerHandle
+    from trainonce.controller.job import Job
     from trainonce.controller.recovery import Recovery
 
 # A commit that ends a pause is looked for at this grain; else the pages are read seldom.
@@ -147,13 +148,17 @@ class Watch:
             # A set-up may take as long as it likes; only a stopped process is looked for.
             statuses = [s for s in statuses if s.stopped_s > 0]
         decision = judge_progress(
-            statuses, job.options.hang, step_times_s=self._step_times, forming_s=forming_s
+            statuses,
+            job.options.hang,
+            step_times_s=self._step_times,
+            forming_s=forming_s,
+            reformed=self._recovery.has_reformed(job.step),
         )
         if decision.action is Action.REPLACE:
             self._replace(decision, statuses)
         elif decision.action is Action.END:
             self._keep_evidence(decision, statuses)
-            self._recovery.handle_parted(decision.reason)
+            self._recovery.end_for_parted_ranks(decision.reason)
         elif decision.action is Action.REFORM:
             self._keep_evidence(decision, statuses)
             self._recovery.reform(decision.reason, detected_by="progress")
@@ -176,6 +181,7 @@ class Watch:
             busy_s=max(0.0, page["busy_until_mono_ns"] / 1e9 - now),
             stopped_s=now - handle.stopped_since_s if handle.stopped_since_s is not None else 0.0,
             newcomer=promoted or handle.rank in self._job.membership.newcomers,
+            inside=page["section_mono_ns"] > 0,
         )
 
     def _replace(self, decision: Decision, statuses: list[RankStatus]) -> None:

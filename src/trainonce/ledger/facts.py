@@ -61,6 +61,7 @@ class JobFacts:
         incidents: In order.
         checkpoints: In order.
         faults: Chaos that fired.
+        unfired: Chaos that was planned and did not.
         saved: First use of each stored result.
         energy: Readings.
         levers: Levers that were on.
@@ -104,6 +105,7 @@ class JobFacts:
     hot_spots: list[HotSpots] = field(default_factory=lambda: [])
     guests: list[GuestsChanged] = field(default_factory=lambda: [])
     reduced_s: float = 0.0
+    unfired: list[str] = field(default_factory=lambda: [])
 
     @property
     def num_gpus(self) -> int:
@@ -168,6 +170,7 @@ def gather(summary: JobSummary, events: Iterable[Event], now_wall_s: float) -> J
         hot_spots=_of(found, HotSpots),
         guests=_of(found, GuestsChanged),
         reduced_s=_reduced_s(begun, _of(found, GuestsChanged), elapsed_s),
+        unfired=ends[-1].unfired if ends else [],
     )
 
 

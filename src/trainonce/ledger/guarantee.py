@@ -20,8 +20,9 @@ FAILURE = "failure"
 CHAOS = "chaos"
 PLANNED = "planned move"
 USER_CODE = "exception in user code"
+MISUSE = "misuse of trainonce"
 UNSUPPORTED = "run without trainonce.init"
-APART: tuple[str, ...] = (CHAOS, PLANNED, USER_CODE, UNSUPPORTED)
+APART: tuple[str, ...] = (CHAOS, PLANNED, USER_CODE, MISUSE, UNSUPPORTED)
 
 # An exception counts as a failure where it names the device, driver or fabric: the script
 # is not to blame. Decided by what was raised, never by how it ended: that would flatter.
@@ -76,6 +77,8 @@ def classify(incident: Incident) -> str:
         return PLANNED
     if not incident.supported:
         return UNSUPPORTED
+    if incident.cause == "misuse":
+        return MISUSE
     if incident.cause == "exception" and (
         not _DEVICE.search(incident.detail) or _NOT_A_DEVICE.search(incident.detail)
     ):

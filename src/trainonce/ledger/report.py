@@ -12,7 +12,7 @@ from trainonce.ledger.account import TimeAccount, account
 from trainonce.ledger.economics import Economics, economics
 from trainonce.ledger.facts import JobFacts, gather
 from trainonce.ledger.guarantee import Guarantee, classify, is_resolved, judge, lost_launcher
-from trainonce.ledger.words import count
+from trainonce.ledger.words import count, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -191,7 +191,7 @@ def sentence(incident: Incident) -> str:
     event = "moved" if incident.planned else "failed"
     served = "not served" if incident.served_by == "none" else f"served by {incident.served_by}"
     words = [
-        (f"step {incident.step}: {who} {event} ({incident.cause}: {incident.detail}), "
+        (f"step {incident.step}: {who} {event} ({incident.cause}: {one_line(incident.detail)}), "
         f"seen by {incident.detected_by} after {incident.detected_s:.2f} s; {served}"),
         f"pause {incident.pause_s:.3f} s"
         + (f", {incident.waited_for_spare_s:.2f} s of it waiting for a worker"

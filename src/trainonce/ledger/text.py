@@ -111,6 +111,7 @@ def seen_lines(facts: JobFacts) -> list[str]:
         if event.action in ("suspect", "migrate")
     ]
     lines += [f"{event.reason}, while {event.cause}" for event in facts.stragglers]
+    lines += [f"a planned fault did not fire: {fault}" for fault in facts.unfired]
     if facts.guests:
         pairs = {p for e in facts.guests for p in zip(e.ranks, e.hosts, strict=True)}
         who = ", ".join(f"rank {rank} on that of rank {host}" for rank, host in sorted(pairs))

@@ -1,8 +1,16 @@
-"""Numbers as a person would say them."""
+"""Numbers as a person would say them, and texts that fit a line."""
 
 from __future__ import annotations
 
 import datetime
+
+_LONGEST = 200
+
+
+def one_line(text: str) -> str:
+    """Return the first line of a text, such as an exception's, and not too much of it."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
 
 def count(number: int, noun: str, plural: str = "s") -> str:

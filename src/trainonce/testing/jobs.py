@@ -27,7 +27,7 @@ import psutil
 
 import trainonce
 from trainonce import settings
-from trainonce.events import Event, FaultInjected, Incident, ValueLost
+from trainonce.events import Event, FaultInjected, Incident, JobEnded, ValueLost
 from trainonce.ledger.store import Ledger
 from trainonce.testing.fork_server import ForkServer, name_of
 from trainonce.testing.records import read_records
@@ -80,6 +80,11 @@ class JobResult:
     def faults(self) -> list[FaultInjected]:
         """The faults of the plan that fired, in order."""
         return [event for event in self.events if isinstance(event, FaultInjected)]
+
+    @property
+    def unfired(self) -> list[str]:
+        """The faults of the plan that did not fire, as entries of a plan."""
+        return [each for e in self.events if isinstance(e, JobEnded) for each in e.unfired]
 
     @property
     def values_lost(self) -> int:

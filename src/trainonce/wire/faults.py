@@ -7,7 +7,8 @@ The text form is what `trainonce run --chaos` takes::
 
 A fault fires at most once in a job. Kills, stops, exits and exceptions are carried out by
 the worker itself at the named point, so that they hit exactly there; migrations, resets and
-random faults come from the launcher.
+random faults come from the launcher. `refuse_impossible` finds what cannot fire in a job; the
+rest that did not is told at the end of the job.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Where a worker can be hit. `backward` is while gradients are computed, `collective` right
 # after a reduction was issued, `update` inside the optimizer's step.
@@ -30,6 +34,8 @@ POINTS = (
 WORKER_FAULTS = ("kill", "lose", "stop", "raise", "exit", "flip", "slow")
 # Carried out by the launcher once the job has reached the step.
 LAUNCHER_FAULTS = ("migrate", "reset", "restore", "kill_spare", "kill_launcher")
+ACTIONS = (*WORKER_FAULTS, *LAUNCHER_FAULTS, "random")
+_NEED_RANK = (*WORKER_FAULTS, "migrate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,21 @@ class Fault:
         """Return the fault as plain values."""
         return dataclasses.asdict(self)
 
+    def __str__(self) -> str:
+        """Return the fault as an entry of a plan."""
+        words = [self.action]
+        if self.action in _NEED_RANK:
+            words.append(f"rank={self.rank}")
+        if self.step or self.action != "random":
+            words.append(f"step={self.step}")
+        if self.action in WORKER_FAULTS:
+            words.append(f"point={self.point}")
+        words += [f"after={self.after}"] if self.after else []
+        words += [f"every={self.every_s:g}s"] if self.every_s else []
+        words += [f"seed={self.seed}"] if self.seed else []
+        words += [f"for={self.seconds:g}s"] if self.seconds else []
+        return " ".join(words)
+
 
 _KEYS = {"rank": int, "step": int, "point": str, "after": int, "seed": int}
 _SECONDS = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m)?$")
@@ -86,10 +107,9 @@ def parse_plan(text: str) -> list[Fault]:
     plan: list[Fault] = []
     for entry in filter(None, (part.strip() for part in text.split(";"))):
         action, *pairs = entry.split()
-        if action not in (*WORKER_FAULTS, *LAUNCHER_FAULTS, "random"):
+        if action not in ACTIONS:
             raise ConfigError(
-                f"unknown fault {action!r} in {entry!r}",
-                hint="one of " + ", ".join((*WORKER_FAULTS, *LAUNCHER_FAULTS, "random")),
+                f"unknown fault {action!r} in {entry!r}", hint="one of " + ", ".join(ACTIONS)
             )
         values: dict[str, Any] = {}
         for pair in pairs:
@@ -101,24 +121,62 @@ def parse_plan(text: str) -> list[Fault]:
                     values["seconds"] = _seconds(value, entry)
                 else:
                     values[key] = _KEYS[key](value)
+            except ConfigError:
+                raise
             except KeyError:
                 raise ConfigError(
                     f"unknown field {key!r} in {entry!r}",
                     hint="one of " + ", ".join((*_KEYS, "every", "for")),
                 ) from None
             except ValueError:
-                raise ConfigError(f"{key}={value} is no number, in {entry!r}") from None
+                raise ConfigError(
+                    f"{key}={value} is no number, in {entry!r}", hint="write rank=0 step=50"
+                ) from None
             if not equals:
-                raise ConfigError(f"{pair!r} wants a value, in {entry!r}")
+                raise ConfigError(
+                    f"{pair!r} wants a value, in {entry!r}", hint="write rank=0 step=50"
+                )
         fault = Fault(index=len(plan), action=action, **values)
         if fault.point not in POINTS:
             raise ConfigError(
                 f"unknown point {fault.point!r} in {entry!r}", hint="one of " + ", ".join(POINTS)
             )
-        needs_rank = (*WORKER_FAULTS, "migrate")
-        if fault.action in needs_rank and fault.rank < 0:
+        if min(fault.step, fault.after) < 0:
+            raise ConfigError(f"never, in {entry!r}", hint="step and after are 0 or more")
+        if fault.action in _NEED_RANK and fault.rank < 0:
             raise ConfigError(f"which rank? in {entry!r}", hint="add rank=0")
         if fault.action == "random" and fault.every_s <= 0:
             raise ConfigError(f"how often? in {entry!r}", hint="add every=30s")
+        if fault.action == "slow" and fault.seconds <= 0:
+            raise ConfigError(f"for how long? in {entry!r}", hint="add for=2s")
         plan.append(fault)
     return plan
+
+
+def refuse_impossible(plan: Sequence[Fault], *, num_ranks: int, spares: int) -> None:
+    """Refuse a plan with a fault that cannot fire in a job of so many ranks and spares.
+
+    Raises:
+        ConfigError: Names the first such fault.
+    """
+    for fault in plan:
+        if fault.rank >= num_ranks:
+            raise ConfigError(
+                f"--chaos hits rank {fault.rank} ({fault}), and the job has ranks 0 to"
+                f" {num_ranks - 1}",
+                hint="name one of these, or raise --nproc-per-node",
+            )
+        if num_ranks == 1 and (fault.action == "migrate" or fault.point == "donate"):
+            raise ConfigError(
+                f"--chaos wants another rank to give its state ({fault}), and the job has one",
+                hint="raise --nproc-per-node",
+            )
+        if fault.action == "kill_spare" and not spares:
+            raise ConfigError(
+                f"--chaos kills a spare ({fault}), and the job keeps none", hint="add --spares 1"
+            )
+        if fault.action == "restore" and all(other.action != "lose" for other in plan):
+            raise ConfigError(
+                f"--chaos gives back a device ({fault}), and loses none",
+                hint='add "lose rank=0 step=5" before it',
+            )

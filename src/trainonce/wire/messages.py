@@ -112,6 +112,7 @@ class Formed:
             empty where neither applies.
         error: Why the worker could not be made consistent from living copies; empty where
             all is well.
+        parted: Because the ranks took different ways through the script: they would again.
         from_shadow: The state came from the shadow that the rank had left.
     """
 
@@ -121,6 +122,7 @@ class Formed:
     bytes_moved: int = 0
     digest: str = ""
     error: str = ""
+    parted: bool = False
     from_shadow: bool = False
 
 
@@ -149,14 +151,18 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """An exception ended the script; `misuse`: one of ours, about how the script uses it."""
+    """An exception ended the script.
+
+    `cause` is "exception"; or "misuse" for one of ours about how the script uses the package, or
+    "recovery" for one of ours that ended a rank's rebuild.
+    """
 
     step: int
     in_section: bool
     error_type: str
     error: str
     traceback: str
-    misuse: bool = False
+    cause: str = "exception"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,17 +24,8 @@ def main() -> None:
     imports.watch()
     if os.environ.get(settings.SPARE.name) == "1":
         _withhold_rank()
-    code = 0
     try:
-        if arguments[:1] == ["-m"]:
-            sys.argv = arguments[1:]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            _run_script(arguments[0])
-        _finish()
-    except SystemExit as error:
-        code = _exit_code(error)
+        code = _run(arguments)
         if code == 0:
             _finish()
     except BaseException as error:
@@ -42,6 +33,20 @@ def main() -> None:
         _report(error)
         code = 1
     _leave(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the script or module, and return its exit code."""
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            _run_script(arguments[0])
+    except SystemExit as error:
+        return _exit_code(error)
+    return 0
 
 
 def _run_script(path: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from trainonce import settings
-from trainonce.errors import ConfigError, TrainOnceError
+from trainonce.errors import ConfigError, RecoveryError, StepError, TrainOnceError
 from trainonce.wire.messages import Done, Failed, Note
 from trainonce.wire.progress import Phase
 from trainonce.worker import spare, torch_private
@@ -274,6 +274,7 @@ class Member:
         """Say that the script is over, and stay as a donor until all are."""
         self._promotion.park("end")
         self._runner.enter()
+        self._runner.check_heeded()
         self._fabric.drain_pending()
         self._runner.progress["phase"] = Phase.ENDING
         self._runner.injector.at("end")
@@ -301,9 +302,21 @@ class Member:
                 error_type=type(error).__qualname__,
                 error=getattr(error, "message", str(error))[:2000],
                 traceback="".join(traceback.format_exception(error))[-20000:],
-                misuse=isinstance(error, TrainOnceError) and isinstance(error, ValueError),
+                cause=_cause(error, taking_over=self._handover.is_newcomer or self._handover.skips),
             )
         )
+
+
+def _cause(error: BaseException, *, taking_over: bool) -> str:
+    """Return what an exception is as the cause of an incident."""
+    if isinstance(error, StepError) and error.__cause__ is not None:
+        # What the step before raised, and the script did not heed.
+        return _cause(error.__cause__, taking_over=taking_over)
+    if not isinstance(error, TrainOnceError) or isinstance(error.__cause__, OSError):
+        return "exception"
+    if isinstance(error, RecoveryError) or taking_over:  # the process before came along there
+        return "recovery"
+    return "misuse" if error.misuse else "exception"
 
 
 def _pci_address(device: torch.device) -> str:

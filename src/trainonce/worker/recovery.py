@@ -12,7 +12,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from trainonce.errors import TrainOnceError
+from trainonce.errors import CollectiveError, TrainOnceError
 from trainonce.wire.messages import Formed, PeerLost
 from trainonce.worker.host import Superseded
 from trainonce.worker.inner import InnerGroup
@@ -71,7 +71,7 @@ class Recovery:
         except Superseded:
             return
         except TrainOnceError as error:
-            formed = self._failed(str(error))
+            formed = self._failed(str(error), parted=isinstance(error, CollectiveError))
         except RuntimeError as error:
             # A peer went away while we were at it. The controller will announce anew.
             if not self.superseded():
@@ -84,9 +84,12 @@ class Recovery:
         if formed is not None:
             self._fabric.notify(formed)
 
-    def _failed(self, error: str) -> Formed:
+    def _failed(self, error: str, *, parted: bool = False) -> Formed:
         return Formed(
-            generation=self.generation.generation, step=self._journal.commits, error=error
+            generation=self.generation.generation,
+            step=self._journal.commits,
+            error=error,
+            parted=parted,
         )
 
     def _recover(self) -> Formed | None:

@@ -121,7 +121,7 @@ class Runner:
         self.rehearsing = False
         self.inside = False
         """Whether what runs is a step, or ours, and not the script between steps."""
-        self.failure = ""
+        self.failure: BaseException | None = None
         self.execution: Execution | None = None
         self.image: Image | None = None
         self.durable: Durable | None = None
@@ -272,6 +272,19 @@ class Runner:
         )
 
     # ------------------------------------------------------------------ one step
+
+    def check_heeded(self) -> None:
+        """Refuse to go on after a step that an exception ended.
+
+        Raises:
+            StepError: One did, and the script caught it.
+        """
+        if self.failure is not None:
+            raise StepError(
+                f"a step raised {type(self.failure).__name__}, and was not finished",
+                hint="let the exception end the process: its rank is rebuilt, and the step is"
+                " executed again there",
+            ) from self.failure
 
     def begin(self, execution: Execution) -> None:
         """Begin to execute a step."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xxhash
 
-from trainonce.errors import ConfigError, StateError
+from trainonce.errors import ConfigError, RecoveryError
 from trainonce.wire.messages import Note
 from trainonce.wire.messages import Shadow as ShadowMessage
 from trainonce.worker.transfer import as_bytes
@@ -72,7 +72,7 @@ class ShadowMemory:
         self.fd = fd
         self.size_bytes = os.fstat(fd).st_size
         if self.size_bytes < _SLOTS * 2 * _PAGE:
-            raise StateError(f"a shadow of {self.size_bytes} bytes is too small to be one")
+            raise RecoveryError(f"a shadow of {self.size_bytes} bytes is too small to be one")
         self._slot_bytes = self.size_bytes // _SLOTS
         self._map = mmap.mmap(fd, self.size_bytes)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -143,7 +143,7 @@ class ShadowMemory:
         """Return the copy for `commits` committed steps.
 
         Raises:
-            StateError: There is none, or it does not match its checksum.
+            RecoveryError: There is none, or it does not match its checksum.
         """
         for serial, found, record_bytes, payload_bytes, data_bytes, checksum in self._headers():
             if found != commits:
@@ -151,10 +151,10 @@ class ShadowMemory:
             begin = (serial % _SLOTS) * self._slot_bytes + _PAGE
             content = self._bytes[begin : begin + record_bytes + payload_bytes + data_bytes]
             if xxhash.xxh3_64_intdigest(content.numpy().data) != checksum:
-                raise StateError(f"the shadow of step {commits} does not match its checksum")
+                raise RecoveryError(f"the shadow of step {commits} does not match its checksum")
             record, payload, data = content.split([record_bytes, payload_bytes, data_bytes])
             return Copy(json.loads(bytes(record.numpy())), bytes(payload.numpy()), data)
-        raise StateError(f"there is no whole shadow of step {commits}")
+        raise RecoveryError(f"there is no whole shadow of step {commits}")
 
     def close(self) -> None:
         """Close the descriptor; the memory is unmapped with its last view."""
@@ -304,10 +304,10 @@ class Shadow:
         """Return the copy for `commits` committed steps.
 
         Raises:
-            StateError: There is none, or it does not match its checksum.
+            RecoveryError: There is none, or it does not match its checksum.
         """
         if self._memory is None:
-            raise StateError("the process that held this rank left no shadow of its state")
+            raise RecoveryError("the process that held this rank left no shadow of its state")
         return self._memory.read(commits)
 
 
@@ -323,7 +323,7 @@ def fill(tensors: Named, data: torch.Tensor) -> int:
                 tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
             offset += size
     if offset != data.numel():
-        raise StateError(f"the shadow holds {data.numel()} bytes of state, not {offset}")
+        raise RecoveryError(f"the shadow holds {data.numel()} bytes of state, not {offset}")
     return offset
 
 

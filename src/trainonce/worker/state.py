@@ -35,9 +35,11 @@ from trainonce.worker.shards import (
 )
 from trainonce.worker.torch_private import (
     local_of,
+    set_stepped,
     shards_parameters,
     unreduced_gradients,
     version_of,
+    was_stepped,
 )
 from trainonce.worker.transfer import Digest, as_bytes
 
@@ -389,6 +391,7 @@ class Protected:
         return {
             "groups": self.states.groups(),
             "stateful": {name: copy_tree(o.state_dict()) for name, o in self.stateful.items()},
+            "stepped": {name: was_stepped(o) for name, o in self.optimizers.items()},
         }
 
     def restore(self, image: Image) -> None:
@@ -402,10 +405,17 @@ class Protected:
 
     def load_small(self, small: dict[str, Any]) -> None:
         """Load what `copy_small` returned."""
-        self._small = {"groups": small["groups"], "stateful": small["stateful"]}
+        stepped = small.get("stepped", {})  # older checkpoints do not say
+        self._small = {
+            "groups": small["groups"],
+            "stateful": small["stateful"],
+            "stepped": stepped,
+        }
         self.states.load_groups(small["groups"])
         for name, value in small["stateful"].items():
             self.stateful[name].load_state_dict(copy_tree(value))
+        for name, value in stepped.items():
+            set_stepped(self.optimizers[name], value)
 
     def keep_buffers(self) -> None:
         """Copy all buffers, for `return_to_commit`: an evaluation on the way there changes them."""

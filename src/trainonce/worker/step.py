@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from trainonce.errors import StepError
 from trainonce.worker.seeds import derive_seed, seed_generators
 
 if TYPE_CHECKING:
@@ -116,6 +115,7 @@ class Step(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Execute the step, or return its recorded value if it is already committed."""
         runner = self._runner
+        runner.check_heeded()
         if runner.rehearsing or runner.executing:
             return self.function(*args, **kwargs)
         runner.enter()
@@ -123,12 +123,6 @@ class Step(Generic[P, R]):
         caller = sys._getframe(1)
         if runner.cursor.is_committed(position):
             return runner.replay.value(position, caller)
-        if runner.failure:
-            raise StepError(
-                f"a step raised {runner.failure}, and was not finished",
-                hint="let the exception end the process: its rank is rebuilt, and the step is"
-                " executed again there",
-            )
         execution = Execution(position, self.profile, time.monotonic_ns(), caller)
         runner.inside = True
         try:
@@ -136,7 +130,7 @@ class Step(Generic[P, R]):
             try:
                 value = self.function(*args, **kwargs)
             except BaseException as error:
-                runner.failure = type(error).__name__
+                runner.failure = error
                 raise
             return runner.complete(execution, value)
         finally:

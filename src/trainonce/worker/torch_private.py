@@ -8,6 +8,10 @@ pass: rank 0 broadcasts the order, and every rank rebuilds. A process that joins
 end with the same buckets. `Reducer._push_all_rebuilt_params` and `Reducer._rebuild_buckets`,
 which torch's own `Join` uses, do that without a backward pass, given the broadcast.
 
+A scheduler of learning rates warns where it is stepped first before its optimizer, by
+`Optimizer._opt_called`. A process that takes a rank over may come to a scheduler's first step
+before it has stepped the optimizer itself, although the rank has.
+
 A DTensor's part on this rank is its `_local_tensor`: `to_local` gives a tensor of autograd's,
 and takes a dispatch. FSDP2 keeps gradients that wait for their reduction in its parameter
 groups, where `parameter.grad` does not show them.
@@ -194,6 +198,16 @@ def rebuild_buckets(ddp: DistributedDataParallel) -> None:
     """Rebuild the buckets of `ddp` now; its broadcasts go through its process group."""
     ddp.reducer._push_all_rebuilt_params()
     ddp.reducer._rebuild_buckets()
+
+
+def was_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether a scheduler of learning rates has seen a step of `optimizer`."""
+    return getattr(optimizer, "_opt_called", False)
+
+
+def set_stepped(optimizer: torch.optim.Optimizer, stepped: bool) -> None:
+    """Have schedulers take `optimizer` for one that has been stepped, or has not."""
+    optimizer._opt_called = stepped  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -82,3 +82,10 @@ def test_ranks_that_leave_a_loop_at_different_times_are_told_so(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 1
     assert "whose script ended after 6 steps" in result.stderr, result.explain()
+
+
+def test_a_schedule_goes_on_in_a_newcomer_without_a_warning(shaken):
+    # Lost after the fourth update, and before the schedule's first step: the newcomer takes that
+    # without ever having stepped its own optimizer.
+    result = shaken("scheduled.py", faults=["kill rank=1 step=4 point=commit"], spares=1)
+    assert "lr_scheduler.step()" not in result.stderr, result.explain()

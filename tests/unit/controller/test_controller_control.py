@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from trainonce.controller.control_socket import status
 from trainonce.wire.messages import (
     Committed,
     Done,
@@ -285,3 +286,54 @@ def test_a_process_that_cannot_be_reaped_is_left_behind_and_its_rank_goes_on(ben
     assert b.supervisor.is_over
     assert b.supervisor.exit_code == 0
     stuck.immortal = False
+
+
+def test_ps_lists_a_rank_once_while_a_successor_takes_over(bench):
+    b = bench(spares=1).ready()
+    b.rank(1).begin_to_die(signal.SIGKILL)
+    b.step()
+
+    def listed():
+        return [(w["rank"], w["worker"]) for w in status(b.supervisor)["workers"]]
+
+    assert 1 in b.job.workers  # its memory is still being freed
+    assert listed() == [(0, 0), (1, 2)]
+    b.engine.started[2].begin_to_die(signal.SIGKILL)
+    b.step()
+    told = status(b.supervisor)
+    assert (told["lost_ranks"], listed()) == ([1], [(0, 0), (None, 3)])
+
+
+def test_ps_tells_a_worker_that_gave_its_rank_away_from_a_spare(bench):
+    b = bench(spares=1, chaos="migrate rank=0 step=2").ready()
+    b.commit(2)
+    moved = b.rank(0)
+    moved.say(Drained(step=2))
+    b.step()
+    told = {w["worker"]: (w["rank"], w["leaving"]) for w in status(b.supervisor)["workers"]}
+    assert told == {0: (None, True), 1: (1, False), 2: (0, False)}
+
+
+def test_ranks_that_parted_are_told_so_at_once_and_nothing_else(bench):
+    b = bench(spares=1).ready()
+    b.commit(6)
+    b.rank(0).progress["phase"] = Phase.DONE
+    b.rank(0).say(Done(step=6))
+    b.rank(1).progress["phase"] = Phase.WAITING
+    b.rank(1).progress["section_mono_ns"] = 1
+    b.step(59)
+    assert not b.job.is_ending
+    b.step(2)
+    assert b.supervisor.exit_code == 1
+    assert "rank 1 waits in step 6 for rank 0, whose script ended after 6 steps" in b.job.reason
+    assert b.job.incidents.total == 0
+
+
+def test_ranks_that_find_that_they_parted_end_the_job(bench):
+    b = bench(spares=1).ready()
+    b.commit(6)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    b.form(6, ranks=[0], error="ranks disagree about operation 3\nhint: the same", parted=True)
+    assert b.supervisor.exit_code == 1
+    assert b.job.reason == "ranks disagree about operation 3; hint: the same"

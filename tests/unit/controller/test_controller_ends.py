@@ -2,6 +2,7 @@
 
 import signal
 
+from trainonce.controller.launch import last_line
 from trainonce.wire.messages import (
     Checkpoint,
     Done,
@@ -56,6 +57,17 @@ def test_the_same_exception_in_the_same_section_twice_ends_the_job_with_its_trac
     assert all(process.reaped for process in b.engine.started)
 
 
+def test_a_long_exception_is_told_in_one_line_and_kept_whole(bench):
+    b = bench(spares=1).ready()
+    b.commit(3)
+    _fail(b, 1, "size mismatch\nfor layer 1\nfor layer 2")
+    b.form(3)
+    b.commit(4)
+    (incident,) = b.of_kind("incident")
+    assert incident.detail.count("\n") == 2
+    assert "raised ValueError: size mismatch at step 3; a spare took its place" in b.lines[-1]
+
+
 def test_the_same_exception_from_every_rank_ends_the_job(bench):
     b = bench(spares=2).ready()
     b.commit(3)
@@ -94,6 +106,27 @@ def test_a_fault_of_the_plan_fires_once_and_is_no_bug(bench):
     b.commit(4)
     assert b.of_kind("fault_injected")[0].fault == "kill"
     assert b.of_kind("incident")[0].chaos
+
+
+def test_planned_faults_that_did_not_fire_are_told_at_the_end(bench):
+    plan = "reset step=1; kill rank=1 step=500; migrate rank=0 step=70; random every=9s"
+    b = bench(spares=1, chaos=plan).ready()
+    b.commit(1)
+    b.form(1)
+    b.commit(2)
+    for rank in (0, 1):
+        b.rank(rank).say(Done(step=2))
+    b.step()
+    missed = '"kill rank=1 step=500 point=begin", "migrate rank=0 step=70", "random every=9s"'
+    assert last_line(b.job, 0).endswith(
+        f"after 2 steps, 1 incident, 3 of 4 faults did not fire ({missed}), exit code 0"
+    )
+    for process in b.engine.started:
+        process.end(code=0)
+    b.step()
+    b.supervisor.close()
+    (ended,) = b.of_kind("job_ended")
+    assert [f'"{fault}"' for fault in ended.unfired] == missed.split(", ")
 
 
 def test_steps_lost_by_several_failures_together_are_counted_once(bench):

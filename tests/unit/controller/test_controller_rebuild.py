@@ -221,6 +221,24 @@ def test_when_the_last_living_copy_dies_all_ranks_start_again(bench):
     assert (incident.served_by, incident.steps_lost) == ("restart", 7)
 
 
+def test_a_checkpoint_completed_while_the_ranks_are_ended_is_told_and_resumed_from(bench):
+    b = bench(spares=2).ready()
+    b.commit(7)
+    first, last = b.rank(0), b.rank(1)
+    for process in (first, last):
+        process.begin_to_die(signal.SIGKILL)
+    b.step()
+    assert "no rank with a living copy is left: starting all ranks again" in b.lines
+    (b.job.checkpoints / "step_5").mkdir(parents=True)
+    for process in (first, last):
+        process.end(signum=signal.SIGKILL)
+    b.step()
+    assert b.lines[-1] == f"the ranks start from {b.job.checkpoints}"
+    b.engine.started[b.job.membership.workers[0]].say(Hello(worker=4, pid=1))
+    b.step()
+    assert b.rank(0).heard(Generation)[0].resume == str(b.job.checkpoints)
+
+
 def test_restarts_are_bounded(bench):
     b = bench(max_restarts=1).ready()
     for _ in range(2):

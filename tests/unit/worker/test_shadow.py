@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from trainonce.errors import ConfigError, StateError
+from trainonce.errors import ConfigError, RecoveryError
 from trainonce.wire.messages import Note
 from trainonce.wire.messages import Shadow as ShadowMessage
 from trainonce.worker.shadow import Shadow, ShadowMemory, check_redundancy, fill
@@ -45,7 +45,7 @@ def test_the_last_two_copies_are_there_for_whoever_has_the_descriptor():
     assert_holds(other, 5)
     write(other, 7)
     assert memory.commits() == [7, 6]
-    with pytest.raises(StateError, match="no whole shadow of step 5"):
+    with pytest.raises(RecoveryError, match="no whole shadow of step 5"):
         memory.read(5)
 
 
@@ -71,12 +71,12 @@ def test_a_flipped_bit_is_noticed():
     memory = ShadowMemory.create(10_000)
     write(memory, 1)
     memory.read(1).data[4001] ^= 4
-    with pytest.raises(StateError, match="does not match its checksum"):
+    with pytest.raises(RecoveryError, match="does not match its checksum"):
         memory.read(1)
 
 
 def test_bytes_that_do_not_fit_the_tensors_are_refused():
-    with pytest.raises(StateError, match="9 bytes of state, not 8"):
+    with pytest.raises(RecoveryError, match="9 bytes of state, not 8"):
         fill([("w", torch.zeros(2))], torch.zeros(9, dtype=torch.uint8))
 
 

@@ -66,6 +66,22 @@ def test_small_state_is_that_of_the_commit_not_of_now():
     assert other.optimizers["optimizer"].param_groups[0]["lr"] == before
 
 
+def test_a_schedule_warns_in_a_newcomer_where_it_would_have_in_the_process_before():
+    def take(stepped, rehearsed):
+        donor, newcomer = build(), build()
+        for parts in (donor,) * stepped + (newcomer,) * rehearsed:
+            parts[1].step()
+        given = protect(donor)
+        given.capture()
+        protect(newcomer).prepare(given.describe(given.live()))
+        return newcomer[2]
+
+    take(stepped=True, rehearsed=False).step()  # warnings are errors
+    early = take(stepped=False, rehearsed=True)
+    with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
+        early.step()
+
+
 def test_a_change_outside_a_step_is_named():
     parts = build()
     protected = protect(parts)

@@ -25,9 +25,10 @@ import numpy as np
 
 from trainonce.clock import SystemClock
 from trainonce.fleet.feed import read_all
-from trainonce.fleet.health import Action, HealthWatch, judge
+from trainonce.fleet.health import Action, judge
 from trainonce.fleet.signals import Reading
 from trainonce.fleet.sources.choose import open_sources
+from trainonce.fleet.watch import HealthWatch
 
 HERE = Path(__file__).parent
 DAY_S, HOUR_S = 86_400, 3600

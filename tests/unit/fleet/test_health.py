@@ -13,12 +13,12 @@ from trainonce.fleet.health import (
     XIDS_SUSPECT,
     Action,
     HealthLimits,
-    HealthWatch,
     Verdict,
     judge,
 )
 from trainonce.fleet.moves import Move, MoveLimits, may_move
 from trainonce.fleet.signals import Reading, RecordedSource, ScriptedSource, from_record, record
+from trainonce.fleet.watch import HealthWatch
 
 EVERY_S = 10.0
 
@@ -315,8 +315,28 @@ def test_watch_keeps_devices_apart_and_drops_what_comes_late() -> None:
     assert watch.observe([Reading(mono_s=4, host="a", device="gpu1")]) == {}
 
 
+@pytest.mark.parametrize("ahead_s", [1e3, 1e15])
+def test_clock_that_was_set_back_silences_no_device(ahead_s: float) -> None:
+    watch = HealthWatch()
+    wrong = Reading(mono_s=ahead_s, host="a", device="gpu0", temperature_c=60.0)
+    watch.observe([wrong])
+    hot = [Reading(mono_s=5.0 * i, host="a", device="gpu0", lost=1) for i in range(4)]
+    seen = [watch.observe([reading]) for reading in hot]
+    assert [len(verdicts) for verdicts in seen] == [0, 0, 1, 1]
+    assert seen[2]["a", "gpu0"].action is Action.MIGRATE
+
+
+def test_readings_of_a_second_source_that_come_late_forget_nothing() -> None:
+    watch = HealthWatch()
+    for i in range(60):
+        own = Reading(mono_s=10.0 * i, host="a", device="gpu0", ecc_uncorrected_total=int(i > 0))
+        late = [Reading(mono_s=10.0 * i - 5 + k, host="a", device="gpu0") for k in range(4)]
+        verdicts = watch.observe([own, *late])
+    assert verdicts["a", "gpu0"].action is Action.SUSPECT
+
+
 def test_device_that_floods_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainonce.fleet.health._MAX_READINGS", 20)
+    monkeypatch.setattr("trainonce.fleet.watch._MAX_READINGS", 20)
     watch = HealthWatch()
     watch.observe([Reading(mono_s=1.0, host="a", device="gpu0") for _ in range(50)])
     assert len(watch._history["a", "gpu0"]) == 20

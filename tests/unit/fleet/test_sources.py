@@ -13,7 +13,7 @@ import pytest
 
 from trainonce.clock import FakeClock
 from trainonce.errors import ConfigError, SourceError
-from trainonce.fleet.health import Action, HealthWatch
+from trainonce.fleet.health import Action
 from trainonce.fleet.sources import amd, dcgm, nvml
 from trainonce.fleet.sources.choose import check, open_sources
 from trainonce.fleet.sources.dcgm import DcgmSource, parse_metrics
@@ -21,6 +21,7 @@ from trainonce.fleet.sources.follow import FollowedSource
 from trainonce.fleet.sources.host import HostSource
 from trainonce.fleet.sources.kernel_log import KernelLogSource, LogParser
 from trainonce.fleet.sources.nvml import NvmlSource
+from trainonce.fleet.watch import HealthWatch
 
 HERE = Path(__file__).parent
 _SPEC = importlib.util.spec_from_file_location("fake_nvml", HERE / "fake_nvml.py")

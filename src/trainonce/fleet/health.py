@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainonce.errors import ConfigError
-from trainonce.fleet.heat import find_rise, least_next
-from trainonce.fleet.history import gained, latest, temperatures
+from trainonce.fleet.heat import find_rise, least_next, unexplained_step
+from trainonce.fleet.history import gained, latest, powers, temperatures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -213,6 +213,12 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     lives = soon is not None and max(soon[0], degrees[-1]) < shutdown_c + _ROUNDING_C
     if soon and lives and soon[0] >= slowdown_c and soon[1] >= shutdown_c - _ROUNDING_C:
         reason = f"{soon[0]:.0f} °C, and {soon[1]:.0f} °C at the next reading"
+        found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
+        return found
+    step = unexplained_step(*powers(recent))
+    # At this pace the reading after the next would find it off.
+    if step and step[0] < shutdown_c + _ROUNDING_C and step[0] + 2 * step[1] >= shutdown_c:
+        reason = f"{step[0]:.0f} °C, {step[1]:.0f} °C more than before at no more power"
         found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
         return found
     if now_c < slowdown_c - limits.ramp_near_c:

@@ -40,6 +40,29 @@ def gained(recent: Sequence[Reading], name: str) -> tuple[float, float]:
     return gained, known[-1][0] - known[0][0] if known else 0.0
 
 
+def powers(
+    recent: Sequence[Reading],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return temperatures, and the mean power up to each, in watts: [readings] each.
+
+    Readings that show no more energy than the one before are left out: an exporter that was not
+    refreshed shows the same again.
+    """
+    told = [(r.mono_s, r.temperature_c, r.energy_j) for r in recent]
+    rows: list[tuple[float, float]] = []
+    last: tuple[float, float] | None = None
+    for when_s, degrees, energy_j in told:
+        if degrees is None or energy_j is None or not math.isfinite(degrees):
+            continue
+        if last is None or energy_j < last[1]:  # a counter that was reset
+            rows, last = [], (when_s, energy_j)
+        elif energy_j > last[1] and when_s > last[0]:
+            rows.append((degrees, (energy_j - last[1]) / (when_s - last[0])))
+            last = when_s, energy_j
+    degrees, watts = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+    return degrees, watts
+
+
 def temperatures(recent: Sequence[Reading]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return when temperatures were read, and which: [readings] each."""
     told = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]

@@ -130,7 +130,7 @@ def main() -> None:
     }  # fmt: skip
     (HERE / "results").mkdir(exist_ok=True)
     path = HERE / "results" / f"{name}.json"
-    if args.first_seed and runs:
+    if args.first_seed and path.exists():
         runs[:0] = json.loads(path.read_text())["namespaces"]
     path.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -25,36 +25,47 @@ import numpy as np
 
 from trainonce.clock import SystemClock
 from trainonce.fleet.feed import read_all
-from trainonce.fleet.health import Action, HealthWatch, judge
+from trainonce.fleet.health import Action, judge
 from trainonce.fleet.signals import Reading
 from trainonce.fleet.sources.choose import open_sources
+from trainonce.fleet.watch import HealthWatch
 
 HERE = Path(__file__).parent
 DAY_S, HOUR_S = 86_400, 3600
 SLOWDOWN_C, SHUTDOWN_C = 87.0, 92.0
 FAULT_AT_S = 1800
+# Healthy devices: at least how hot they run, seconds between changes of their work, and for how
+# many of `--devices`.
+HEALTHY = {"any work": (62.0, 7200, 1.0), "hot work": (79.0, 900, 0.25)}
 # Kind -> what happens from half an hour on; see `Device.read`.
 FAULTS = ("cooling gone at once", "cooling lost", "cooling degrades", "row remap fails",
           "NVLink degrades", "XID 79", "no sign")  # fmt: skip
 
 
 class Device:
-    """One device: load steps, ambient drift, noise, wrong and missing readings, users' own XIDs."""
+    """One device: work that changes, ambient drift, noise, wrong readings, users' own XIDs."""
 
-    def __init__(self, rng: np.random.Generator, fault: str, length_s: int) -> None:
-        self.rng, self.fault = rng, fault
+    def __init__(self, rng: np.random.Generator, kind: str, length_s: int) -> None:
+        self.rng = rng
+        self.fault = "" if kind in HEALTHY else kind
+        coolest_c, turn_s, _ = HEALTHY.get(kind, HEALTHY["any work"])
         # Up to a degree below slow-down, with the room's drift: what runs hot is not yet failing.
-        self.idle_c, self.load_c = rng.uniform(32, 42), rng.uniform(62, 83)
+        self.idle_c, self.load_c = rng.uniform(32, 42), rng.uniform(coolest_c, 83)
         self.tau_s = rng.uniform(15, 200)
-        turns = np.sort(rng.uniform(0, length_s, max(1, length_s // 7200)))
-        self.turns = turns if not fault else np.array([])
+        num_turns = 0 if self.fault else max(1, length_s // turn_s)
+        self.turns = np.sort(rng.uniform(0, length_s, num_turns))
+        # Of full power: none, all, or some of it, as in an evaluation between two epochs.
+        self.works = rng.choice([0.0, 0.5, 0.8, 1.0], num_turns + 1)
+        self.works[0] = 1.0
+        self.idle_w, self.load_w = rng.uniform(70, 120), rng.uniform(400, 700)
+        self.energy_j = 0.0
         self.phase = rng.uniform(0, 2 * np.pi)
         self.now_c, self.read_s = self.load_c, 0.0
         self.nvlink = self.pcie = self.corrected = 0
         self.rate_c_per_min = {
             "cooling gone at once": rng.uniform(8, 30), "cooling lost": rng.uniform(2, 6),
             "cooling degrades": rng.uniform(0.5, 1.5),
-        }.get(fault, 0.0)  # fmt: skip
+        }.get(kind, 0.0)  # fmt: skip
         self.died_s: float | None = None
 
     def read(self, now_s: float) -> Reading:
@@ -92,12 +103,15 @@ class Device:
             row_remap_failed=int(self.fault == "row remap fails" and since_s > 0),
             row_remap_pending=0, ecc_uncorrected_total=0, ecc_corrected_total=self.corrected,
             nvlink_errors_total=self.nvlink, pcie_replays_total=self.pcie, xids=xids,
+            energy_j=self.energy_j,
         )  # fmt: skip
 
     def _warm(self, now_s: float, passed_s: float) -> None:
-        busy = np.searchsorted(self.turns, now_s) % 2 == 0
+        work = self.works[np.searchsorted(self.turns, now_s)]
+        watts = self.idle_w + work * (self.load_w - self.idle_w)
+        self.energy_j += watts * passed_s * self.rng.normal(1, 0.03)
         ambient = 3 * np.sin(2 * np.pi * now_s / DAY_S + self.phase)
-        target = (self.load_c if busy else self.idle_c) + ambient
+        target = self.idle_c + work * (self.load_c - self.idle_c) + ambient
         target += self.rate_c_per_min * max(0.0, now_s - FAULT_AT_S) / 60
         self.now_c += (target - self.now_c) * (1 - np.exp(-passed_s / self.tau_s))
         if self.now_c >= SHUTDOWN_C and self.died_s is None:
@@ -149,9 +163,9 @@ METHODS: dict[str, type[Ours | Thresholds]] = {
 }  # fmt: skip
 
 
-def walk(seed: int, fault: str, length_s: int, method: str, every_s: float) -> dict[str, Any]:
+def walk(seed: int, kind: str, length_s: int, method: str, every_s: float) -> dict[str, Any]:
     """Return when the method first asked for what, and how often it began to."""
-    device, judge_it = Device(np.random.default_rng(seed), fault, length_s), METHODS[method]()
+    device, judge_it = Device(np.random.default_rng(seed), kind, length_s), METHODS[method]()
     before, first, begun = Action.NONE, dict[str, float](), {"MIGRATE": 0, "SUSPECT": 0}
     now_s, readings = 0.0, 0
     while now_s < length_s:
@@ -171,11 +185,11 @@ def walk(seed: int, fault: str, length_s: int, method: str, every_s: float) -> d
 
 
 def walks(
-    seeds: range, fault: str, length_s: int, method: str, every_s: float
+    seeds: range, kind: str, length_s: int, method: str, every_s: float
 ) -> list[dict[str, Any]]:
     with ProcessPoolExecutor() as pool:
         return list(
-            pool.map(walk, seeds, repeat(fault), repeat(length_s), repeat(method), repeat(every_s))
+            pool.map(walk, seeds, repeat(kind), repeat(length_s), repeat(method), repeat(every_s))
         )
 
 
@@ -202,7 +216,7 @@ def cost() -> dict[str, Any]:
         read_all(opened)
         reads.append(1000 * (time.perf_counter() - begun))
     opened.close()
-    device = Device(np.random.default_rng(0), "", HOUR_S)
+    device = Device(np.random.default_rng(0), "any work", HOUR_S)
     history = [device.read(10.0 * i) for i in range(60)]
     for _ in range(200):
         begun = time.perf_counter()
@@ -217,7 +231,7 @@ def cost() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--devices", type=int, default=64, help="healthy devices, a day each")
+    parser.add_argument("--devices", type=int, default=64, help="healthy ones, a day each kind")
     parser.add_argument("--faults", type=int, default=40, help="of each kind")
     parser.add_argument("--every", default="10,30", help="seconds between readings")
     args = parser.parse_args()
@@ -226,20 +240,23 @@ def main() -> None:
     commit = subprocess.run(head, cwd=HERE, capture_output=True, text=True).stdout.strip()
     healthy, faults = [], []
     for every_s, method in itertools.product(intervals_s, METHODS):
-        runs = walks(range(10_000, 10_000 + args.devices), "", DAY_S, method, every_s)
-        healthy.append(
-            {"method": method, "every_s": every_s, "device_days": args.devices,
-             "false_migrates": sum(run["begun"]["MIGRATE"] for run in runs),
-             "false_suspects": sum(run["begun"]["SUSPECT"] for run in runs),
-             "readings": sum(run["readings"] for run in runs)}
-        )  # fmt: skip
-        print(healthy[-1], flush=True)
+        for kind, (_, _, share) in HEALTHY.items():
+            days = round(share * args.devices)
+            runs = walks(range(10_000, 10_000 + days), kind, DAY_S, method, every_s)
+            healthy.append(
+                {"kind": kind, "method": method, "every_s": every_s, "device_days": days,
+                 "false_migrates": sum(run["begun"]["MIGRATE"] for run in runs),
+                 "false_suspects": sum(run["begun"]["SUSPECT"] for run in runs),
+                 "readings": sum(run["readings"] for run in runs)}
+            )  # fmt: skip
+            print(healthy[-1], flush=True)
         for fault in FAULTS:
             faults.append(fault_row(fault, method, every_s, args.faults))
             print({k: v for k, v in faults[-1].items() if k != "leads_s"}, flush=True)
     record = {
         "configuration": {"devices": args.devices, "faults": args.faults, "every_s": intervals_s},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "versions": {"python": platform.python_version(), "numpy": np.__version__,
+                     "kernel": platform.release()},
         "healthy": healthy, "faults": faults, "cost": cost(),
     }  # fmt: skip
     print({key: value for key, value in record["cost"].items() if key != "read_ms"})

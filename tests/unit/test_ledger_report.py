@@ -187,6 +187,19 @@ def test_the_credit_is_due_exactly_below_the_guaranteed_share(
     assert (found.n, found.verdict, found.credit_usd) == (good + bad, verdict, credit)
 
 
+def test_a_credit_goes_by_all_jobs_and_not_by_those_that_were_chosen(tmp_path: Path) -> None:
+    failed = {"served_by": "checkpoint", "steps_lost": 9}
+    write(tmp_path, a=[*begin("a"), incident(1, 50, **failed), end(100, 50)], b=golden_job())
+    contract = EconomicsSettings(contract=Contract(fee_usd=1000.0))
+    whole = report_of(tmp_path, contract)
+    assert (whole.guarantee.verdict, whole.guarantee.credit_usd) == ("missed", 250.0)
+    part = report_of(tmp_path, contract, job="a")
+    assert (part.guarantee.verdict, part.guarantee.credit_usd) == ("missed", None)
+    assert "credit due" in render(whole, detailed=False)
+    assert "credit due" not in render(part, detailed=True)
+    assert "the jobs shown only" in render(part, detailed=True)
+
+
 def test_incidents_of_another_contract_year_do_not_count() -> None:
     import datetime
 
@@ -252,6 +265,17 @@ def test_incidents_that_overlap_are_charged_once(tmp_path: Path) -> None:
     job = report_of(tmp_path).jobs[0]
     assert job.time.lost_s["pause"] == pytest.approx(8.0)  # from 100 to 108
     assert [one.counts for one in job.economics.audits] == ["", "same step as an earlier one"]
+
+
+def test_a_hang_that_began_before_an_incident_within_it_is_charged_in_full(tmp_path: Path) -> None:
+    # Silent from 75 on, seen at 105, over at 125; meanwhile another rank died at 100.
+    died = incident(1, 100, step=10, pause_s=10.0)
+    hung = incident(2, 105, step=10, ranks=[2], detected_s=30.0, pause_s=20.0)
+    for name, some in (("a", [died, hung]), ("b", [hung, died])):
+        write(tmp_path / name, j=[*begin("j"), *some, progress(150, 50), end(200, 100)])
+        lost_s = report_of(tmp_path / name).jobs[0].time.lost_s
+        assert lost_s["detection"] == pytest.approx(30.0)
+        assert lost_s["pause"] == pytest.approx(20.0)
 
 
 def test_a_failure_before_the_first_checkpoint_is_measured_from_the_beginning(

@@ -114,7 +114,8 @@ class Feed:
 
     def _run(self) -> None:
         # Here, and not above: whoever starts a job should not wait for numpy to load.
-        from trainonce.fleet.health import Action, HealthWatch
+        from trainonce.fleet.health import Action
+        from trainonce.fleet.watch import HealthWatch
 
         opened = self._open()
         watch = HealthWatch()

@@ -1,29 +1,25 @@
 """From readings to a decision: migrate now, suspect, or note.
 
-The policy is pure: `judge` looks at the last readings of one device and returns what to do, with
-the reason. `HealthWatch` only remembers them. Few failures announce themselves (operators saw two
-of ten before the driver did), so a warning saves little, and a false one costs a move. The rules
-therefore ask for what the vendor calls fatal, or for what lasts.
+The policy is pure: `judge` looks at the last readings of one device, which `trainonce.fleet.watch`
+remembers, and returns what to do, with the reason. Few failures announce themselves (operators saw
+two of ten before the driver did), so a warning saves little, and a false one costs a move. The
+rules therefore ask for what the vendor calls fatal, or for what lasts.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from trainonce.errors import ConfigError
-from trainonce.fleet.heat import find_rise, least_next, next_look_s
+from trainonce.fleet.heat import find_rise, least_next, unexplained_step
+from trainonce.fleet.history import gained, latest, powers, temperatures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
 
     from trainonce.fleet.signals import Reading
 
@@ -108,12 +104,8 @@ _KERNEL_FAULTS = {
 _WARM_UP_C_PER_MIN = 8.0
 # What is carried forward by whole degrees may fall short by one.
 _ROUNDING_C = 1.0
-# Of a device's readings, so many of the usual intervals tell how soon to read again.
-_LOOKED_AT = 4
 # A rate needs some time to be one.
 _MIN_RATE_S = 60.0
-# Of one device, whatever it sends: ten minutes of three readings a second.
-_MAX_READINGS = 2000
 
 _Finding = tuple[Action, str]
 
@@ -138,14 +130,14 @@ def judge(history: Sequence[Reading], limits: HealthLimits | None = None) -> Ver
 
 def _vendor_advice(recent: Sequence[Reading], _: HealthLimits) -> list[_Finding]:
     found: list[_Finding] = []
-    if _latest(recent, "lost"):
+    if latest(recent, "lost"):
         found.append((Action.MIGRATE, "the driver has lost the device"))
-    if action := _latest(recent, "recovery_action"):
+    if action := latest(recent, "recovery_action"):
         advice = _RECOVERY.get(action, f"action {action}")
         found.append((Action.MIGRATE, f"the driver advises to {advice}"))
-    if rows := _latest(recent, "row_remap_failed"):
+    if rows := latest(recent, "row_remap_failed"):
         found.append((Action.MIGRATE, f"{rows} memory rows could not be remapped"))
-    if rows := _latest(recent, "row_remap_pending"):
+    if rows := latest(recent, "row_remap_pending"):
         found.append((Action.SUSPECT, f"{rows} memory rows wait for a reset"))
     return found
 
@@ -169,10 +161,10 @@ def _kernel_faults(recent: Sequence[Reading], _: HealthLimits) -> list[_Finding]
 
 def _counters(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
     found: list[_Finding] = []
-    uncorrected, _ = _gained(recent, "ecc_uncorrected_total")
+    uncorrected, _ = gained(recent, "ecc_uncorrected_total")
     if uncorrected:
         found.append((Action.SUSPECT, f"{uncorrected:.0f} memory errors could not be corrected"))
-    downed, _ = _gained(recent, "link_downed_total")
+    downed, _ = gained(recent, "link_downed_total")
     if downed:
         found.append((Action.SUSPECT, f"a network port went down {downed:.0f} times"))
     for name, limit, what in (
@@ -180,8 +172,8 @@ def _counters(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]
         ("nvlink_errors_total", limits.link_errors_per_h, "NVLink errors"),
         ("pcie_replays_total", limits.link_errors_per_h, "PCIe replays"),
     ):
-        gained, over_s = _gained(recent, name)
-        per_h = gained / over_s * 3600 if over_s >= _MIN_RATE_S else 0.0
+        errors, over_s = gained(recent, name)
+        per_h = errors / over_s * 3600 if over_s >= _MIN_RATE_S else 0.0
         if per_h > limit:
             found.append((Action.SUSPECT, f"{per_h:.0f} {what} an hour, limit {limit:.0f}"))
     return found
@@ -193,7 +185,7 @@ def _throttling(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findin
         ("throttled_thermal_s", "thermal protection"),
         ("throttled_brake_s", "the power brake"),
     ):
-        slowed_s, over_s = _gained(recent, name)
+        slowed_s, over_s = gained(recent, name)
         # Of the whole window, not of what was seen of it: a minute after the start says little.
         share = slowed_s / max(over_s, limits.window_s)
         if share >= limits.throttled_share:
@@ -203,8 +195,8 @@ def _throttling(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findin
 
 def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
     """Too hot for a while, or rising steadily towards shutdown."""
-    slowdown_c, shutdown_c = _latest(recent, "slowdown_c"), _latest(recent, "shutdown_c")
-    times, degrees = _temperatures(recent)
+    slowdown_c, shutdown_c = latest(recent, "slowdown_c"), latest(recent, "shutdown_c")
+    times, degrees = temperatures(recent)
     if not len(times) or slowdown_c is None:
         return []
     now_c = float(np.median(degrees[-3:]))  # one wrong reading is no heat
@@ -223,6 +215,12 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
         reason = f"{soon[0]:.0f} °C, and {soon[1]:.0f} °C at the next reading"
         found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
         return found
+    step = unexplained_step(*powers(recent))
+    # At this pace the reading after the next would find it off.
+    if step and step[0] < shutdown_c + _ROUNDING_C and step[0] + 2 * step[1] >= shutdown_c:
+        reason = f"{step[0]:.0f} °C, {step[1]:.0f} °C more than before at no more power"
+        found.append((Action.MIGRATE, f"{reason}: shutdown at {shutdown_c:.0f} °C is near"))
+        return found
     if now_c < slowdown_c - limits.ramp_near_c:
         return found
     rise = find_rise(times, degrees)
@@ -235,47 +233,16 @@ def _temperature(recent: Sequence[Reading], limits: HealthLimits) -> list[_Findi
     return found
 
 
-def _temperatures(recent: Sequence[Reading]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return when temperatures were read, and which: [readings] each."""
-    told = [(r.mono_s, r.temperature_c) for r in recent if r.temperature_c is not None]
-    known = [(when_s, degrees) for when_s, degrees in told if math.isfinite(degrees)]
-    times, degrees = np.array(known, dtype=np.float64).reshape(-1, 2).T
-    return times, degrees
-
-
 def _host_space(recent: Sequence[Reading], limits: HealthLimits) -> list[_Finding]:
     found: list[_Finding] = []
     for what in ("memory", "disk"):
-        share = _latest(recent, f"{what}_free_share")
+        share = latest(recent, f"{what}_free_share")
         if share is not None and share < limits.free_share:
             found.append((Action.NOTE, f"{share:.1%} of the host's {what} is free"))
-    stalled = _latest(recent, "memory_stalled_share") or 0.0
+    stalled = latest(recent, "memory_stalled_share") or 0.0
     if stalled > limits.memory_stalled_share:
         found.append((Action.NOTE, f"all processes waited for memory {stalled:.0%} of a minute"))
     return found
-
-
-def _since(history: Sequence[Reading], begin_s: float) -> list[Reading]:
-    return list(takewhile(lambda reading: reading.mono_s >= begin_s, reversed(history)))[::-1]
-
-
-def _latest(recent: Sequence[Reading], name: str) -> Any:
-    """Return the last value that is known: several sources may read one device in turn."""
-    values = (getattr(reading, name) for reading in reversed(recent))
-    return next((value for value in values if value is not None), None)
-
-
-def _gained(recent: Sequence[Reading], name: str) -> tuple[float, float]:
-    """Return by how much a total grew, and over how many seconds; what it held before is history.
-
-    A total that falls was reset (a new driver, a reboot): what it shows then has been gained since.
-    """
-    told = [(r.mono_s, getattr(r, name)) for r in recent]
-    known = [(when_s, total) for when_s, total in told if total is not None]
-    gained = 0.0
-    for (_, before), (_, after) in zip(known, known[1:], strict=False):
-        gained += after - before if after >= before else after
-    return gained, known[-1][0] - known[0][0] if known else 0.0
 
 
 _RULES: tuple[Callable[[Sequence[Reading], HealthLimits], list[_Finding]], ...] = (
@@ -287,54 +254,3 @@ _RULES: tuple[Callable[[Sequence[Reading], HealthLimits], list[_Finding]], ...] 
     _counters,
     _host_space,
 )
-
-
-class HealthWatch:
-    """Remembers the readings of every device, as long as they count.
-
-    Args:
-        limits: What is too much.
-    """
-
-    def __init__(self, limits: HealthLimits | None = None) -> None:
-        self._limits = limits or HealthLimits()
-        self._history: dict[tuple[str, str], deque[Reading]] = {}
-
-    def observe(self, readings: Sequence[Reading]) -> dict[tuple[str, str], Verdict]:
-        """Take readings in; return the verdict on each device read, by (host, device).
-
-        A reading older than the last one of its device is dropped: a clock was set, or a packet
-        came late.
-        """
-        verdicts: dict[tuple[str, str], Verdict] = {}
-        for reading in readings:
-            key = (reading.host, reading.device)
-            history = self._history.setdefault(key, deque(maxlen=_MAX_READINGS))
-            if history and reading.mono_s < history[-1].mono_s:
-                continue
-            history.append(reading)
-            while reading.mono_s - history[0].mono_s > self._limits.window_s:
-                history.popleft()
-            verdicts[key] = judge(list(history), self._limits)
-        return verdicts
-
-    def next_look_s(self, every_s: float) -> float:
-        """Return in how many seconds to read again, `every_s` at most.
-
-        Sooner where a temperature rises towards a limit of its device, so that a steep rise is seen
-        in time.
-        """
-        newest_s: dict[str, float] = {}
-        for (host, _), history in self._history.items():
-            newest_s[host] = max(newest_s.get(host, 0.0), history[-1].mono_s)
-        soonest_s = every_s
-        for (host, _), history in self._history.items():
-            recent = _since(history, newest_s[host] - _LOOKED_AT * every_s)
-            times, degrees = _temperatures(recent)
-            if not len(times) or times[-1] < newest_s[host] - every_s:
-                continue  # it has fallen silent
-            limits = [_latest(recent, name) for name in ("slowdown_c", "shutdown_c")]
-            for limit_c in limits:
-                if limit_c is not None and limit_c > degrees[-1]:
-                    soonest_s = min(soonest_s, next_look_s(times, degrees, limit_c, every_s))
-        return soonest_s

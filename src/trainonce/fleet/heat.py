@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 # two.
 _MIN_RISE_READINGS = 6
 _MIN_RISE_C = 4.0
+_REST_SHARE = 0.1  # of its height
+# So many readings within so many degrees at the same power to a tenth are a rest.
+_AT_REST, _REST_C, _SAME_POWER = 5, 3.0, 0.1
 # How fast curves come to rest; the last is a straight line.
 _TAUS_S = (15.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1e6)
 _ROUNDING_C = 0.4  # of a sensor that tells whole degrees
@@ -91,14 +94,42 @@ def least_next(
     return (float(first + 2 * step), float(first + 3 * step)) if step > 0 else None
 
 
+def unexplained_step(
+    degrees: NDArray[np.float64], watts: NDArray[np.float64]
+) -> tuple[float, float] | None:
+    """Return the last temperature and its last step, where a device rises at no more power.
+
+    What has come to rest at some power stays there, as long as it is cooled. So a rise from there
+    needs no long look; two readings of it, since one may be wrong.
+
+    Args:
+        degrees: Of the last readings: [readings].
+        watts: Mean power up to each of them: [readings].
+    """
+    for lately in (2, 3, 4):
+        rest, rest_w = degrees[-lately - _AT_REST : -lately], watts[-lately - _AT_REST : -lately]
+        if len(rest) < _AT_REST:
+            break
+        rise, usual_w = degrees[-lately:], float(np.median(rest_w))
+        same = np.abs(rest_w - usual_w).max() <= _SAME_POWER * usual_w
+        no_more = watts[-lately:].max() <= (1 + _SAME_POWER) * usual_w
+        above = rise - rest.max()
+        rises = np.diff(rise).min() > 0 and above[0] >= _MIN_RISE_C / 2 and above[-1] >= _MIN_RISE_C
+        if same and no_more and np.ptp(rest) <= _REST_C and rises:
+            return float(rise[-1]), float(rise[-1] - rise[-2])
+    return None
+
+
 def find_rise(times: NDArray[np.float64], degrees: NDArray[np.float64]) -> Rise | None:
     """Return the rise that still goes on; None where it is too short to tell one."""
     if len(times) < _MIN_RISE_READINGS:
         return None
     # The median of three readings: one that is wrong is no heat, and no foot.
     smooth = np.median([degrees[:-2], degrees[1:-1], degrees[2:]], axis=0)
-    foot = int(np.flatnonzero(smooth <= smooth.min() + 1)[-1])
-    if len(smooth) - foot < _MIN_RISE_READINGS or smooth[-1] - smooth.min() < _MIN_RISE_C:
+    height = smooth[-1] - smooth.min()
+    # What wavers at rest is no part of the rise: no curve fits both.
+    foot = int(np.flatnonzero(smooth <= smooth.min() + max(1.0, _REST_SHARE * height))[-1])
+    if len(smooth) - foot < _MIN_RISE_READINGS or height < _MIN_RISE_C:
         return None
     return Rise(times[1:-1][foot:], smooth[foot:])
 

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from trainonce.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
 R = TypeVar("R")
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_record(
@@ -64,6 +52,48 @@ def read_record(
             f"{path} is not a record of `{command}`: {error}",
             hint="pass the files that its --out wrote, one of each host",
         ) from error
+
+
+class Record:
+    """What one host measured, as a file."""
+
+    FORMAT: ClassVar[str]
+    COMMAND: ClassVar[str]
+    MAX_FILE_BYTES: ClassVar[int]
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
+        text = json.dumps({"format": self.FORMAT, **self._to_raw()}, separators=(",", ":"))
+        try:
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a record and check every value in it.
+
+        Raises:
+            ConfigError: The file cannot be read, or holds anything but a record.
+        """
+        return read_record(
+            path,
+            cls._from_raw,
+            form=cls.FORMAT,
+            command=cls.COMMAND,
+            max_bytes=cls.MAX_FILE_BYTES,
+        )
+
+    def _to_raw(self) -> dict[str, Any]:
+        return vars(self)
+
+    @classmethod
+    def _from_raw(cls, raw: Any) -> Self:
+        raise NotImplementedError
 
 
 def address(value: Any) -> str:

@@ -35,6 +35,7 @@ class Reading:
         throttled_thermal_s: Total time slowed by the hardware's thermal protection.
         throttled_brake_s: Total time slowed by the power brake.
         utilisation: Share of the time that the device was busy.
+        energy_j: Energy that it has used in all, joules.
         recovery_action: NVML's advice: 0 none, 1 reset, 2 reboot, 3 drain, 4 drain and reset, 5
             recover the IMEX domain, 6 reset the bus, 7 reboot the system.
         lost: 1 where the driver says that the device is gone.
@@ -62,6 +63,7 @@ class Reading:
     throttled_thermal_s: float | None = None
     throttled_brake_s: float | None = None
     utilisation: float | None = None
+    energy_j: float | None = None
     recovery_action: int | None = None
     lost: int | None = None
     row_remap_failed: int | None = None

@@ -53,9 +53,9 @@ def account(facts: JobFacts) -> TimeAccount:
     lost_s = dict.fromkeys(CAUSES, 0.0)
     lost_s["start-up"] = min(elapsed_s, _startup_s(facts))
     covered_s = lost_s["start-up"]
-    timed = [(since_start(facts, incident), incident) for incident in facts.incidents]
-    for at_s, incident in sorted(timed, key=lambda each: each[0]):
-        begin_s, end_s = at_s - incident.detected_s, at_s + incident.pause_s
+    for begin_s, end_s, incident in sorted(
+        (_span(facts, incident) for incident in facts.incidents), key=lambda each: each[:2]
+    ):
         # What another incident (or the start-up) has already been charged for counts once.
         fresh_s = max(0.0, min(end_s, elapsed_s) - max(begin_s, covered_s))
         covered_s = max(covered_s, min(end_s, elapsed_s))
@@ -87,6 +87,12 @@ def _startup_s(facts: JobFacts) -> float:
     if facts.progress:
         return facts.progress[0][0]
     return facts.elapsed_s
+
+
+def _span(facts: JobFacts, incident: Incident) -> tuple[float, float, Incident]:
+    """Return when an incident began, which may be long before it was seen, and when it ended."""
+    at_s = since_start(facts, incident)
+    return at_s - incident.detected_s, at_s + incident.pause_s, incident
 
 
 def _parts(incident: Incident, step_s: float) -> dict[str, float]:

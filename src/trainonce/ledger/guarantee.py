@@ -48,8 +48,9 @@ class Guarantee:
         high: Its upper end.
         required: The guaranteed share.
         verdict: "kept", "missed" or "no failures".
+        of_all: Over all jobs of the ledger; only then there can be a credit.
         credit_share: Share of the fee due as credit.
-        credit_usd: That in money; None where the fee is not known.
+        credit_usd: That in money; None where the fee is not known, or not all jobs are.
         apart: What is not counted, by class.
         by_cause: Failures by cause: (n, resolved).
     """
@@ -63,6 +64,7 @@ class Guarantee:
     high: float
     required: float
     verdict: str
+    of_all: bool
     credit_share: float
     credit_usd: float | None
     apart: dict[str, int]
@@ -144,8 +146,17 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
     return low, high
 
 
-def judge(incidents: Sequence[Incident], contract: Contract, now_wall_s: float) -> Guarantee:
-    """Return how the guarantee stands over the contract year that holds `now_wall_s`."""
+def judge(
+    incidents: Sequence[Incident], contract: Contract, now_wall_s: float, *, of_all: bool = True
+) -> Guarantee:
+    """Return how the guarantee stands over the contract year that holds `now_wall_s`.
+
+    Args:
+        incidents: Of the jobs that were chosen.
+        contract: What is guaranteed.
+        now_wall_s: The present, seconds since the epoch.
+        of_all: Whether all jobs were.
+    """
     begin_wall_s, end_wall_s = contract.year(now_wall_s)
     within = [one for one in incidents if begin_wall_s <= one.wall_s <= end_wall_s]
     counted = [one for one in within if classify(one) == FAILURE]
@@ -161,7 +172,8 @@ def judge(incidents: Sequence[Incident], contract: Contract, now_wall_s: float) 
     low, high = clopper_pearson(resolved, n) if n else (0.0, 1.0)
     # Compared as whole failures, so that 9 of 10 keeps 90 % whatever floats make of it.
     missed = n > 0 and resolved < contract.share * n - 1e-9
-    credit_share = contract.credit if missed else 0.0
+    credit_share = contract.credit if missed and of_all else 0.0
+    fee_usd = contract.fee_usd if of_all else None
     return Guarantee(
         begin_wall_s=begin_wall_s,
         end_wall_s=end_wall_s,
@@ -172,8 +184,9 @@ def judge(incidents: Sequence[Incident], contract: Contract, now_wall_s: float) 
         high=high,
         required=contract.share,
         verdict="no failures" if n == 0 else "missed" if missed else "kept",
+        of_all=of_all,
         credit_share=credit_share,
-        credit_usd=None if contract.fee_usd is None else credit_share * contract.fee_usd,
+        credit_usd=None if fee_usd is None else credit_share * fee_usd,
         apart=apart,
         by_cause=by_cause,
     )

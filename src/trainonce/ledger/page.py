@@ -12,7 +12,8 @@ from trainonce.ledger.words import count, day, duration, hours, percent, quantit
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trainonce.ledger.report import JobReport, Report, Totals
+    from trainonce.ledger.report import JobReport, Report
+    from trainonce.ledger.totals import Totals
 
 # Jobs drawn in full; the table holds all.
 _DRAWN = 12

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from trainonce.ledger.economics import Audit, Energy
     from trainonce.ledger.facts import JobFacts
     from trainonce.ledger.guarantee import Guarantee
-    from trainonce.ledger.report import IncidentReport, JobReport, Report, Totals
+    from trainonce.ledger.report import IncidentReport, JobReport, Report
+    from trainonce.ledger.totals import Totals
 
 _NO_PRICE = "no price set: use --usd-per-gpu-hour, or [economics] in settings.toml"
 
@@ -54,6 +55,8 @@ def render(report: Report, *, detailed: bool, audit: bool = False) -> str:
 def guarantee_lines(guarantee: Guarantee) -> list[str]:
     """Return how the guarantee stands, in a few lines."""
     period = f"{day(guarantee.begin_wall_s)} to {day(guarantee.end_wall_s)}"
+    if not guarantee.of_all:
+        period += ", the jobs shown only"
     if guarantee.share is None:
         lines = [f"Guarantee ({period}): no unplanned failures yet, so nothing to judge"]
     else:
@@ -71,6 +74,8 @@ def guarantee_lines(guarantee: Guarantee) -> list[str]:
                 f"{cause} {good}/{total}" for cause, (total, good) in guarantee.by_cause.items()
             ),
         ]
+    if not guarantee.of_all:
+        lines.append("  a credit goes by all jobs: `trainonce report` without a choice of jobs")
     if guarantee.credit_share:
         due = f"  credit due as it stands: {percent(guarantee.credit_share)} of the year's fee"
         if guarantee.credit_usd is not None:

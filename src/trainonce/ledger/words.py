@@ -1,8 +1,12 @@
-"""Numbers as a person would say them, and texts that fit a line."""
+"""Numbers and incidents as a person would say them, and texts that fit a line."""
 
 from __future__ import annotations
 
 import datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainonce.events import Incident
 
 _LONGEST = 200
 
@@ -65,3 +69,39 @@ def hours(number: float) -> str:
 def quantity(number: float) -> str:
     """Return an amount to four digits, and without an exponent where it is large."""
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+
+
+def size(number: int) -> str:
+    """Return bytes in a unit that suits them."""
+    amount, units = float(number), ["B", "KB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1000
+        units.pop(0)
+    return f"{amount:.1f} {units[0]}" if units[0] != "B" else f"{number} B"
+
+
+def sentence(incident: Incident) -> str:
+    """Return what happened to a rank, in one sentence."""
+    ranks = ", ".join(map(str, incident.ranks)) or "?"
+    who = f"rank{'s' if len(incident.ranks) > 1 else ''} {ranks}"
+    if incident.host:
+        who += f" on {incident.host}"
+    event = "moved" if incident.planned else "failed"
+    served = "not served" if incident.served_by == "none" else f"served by {incident.served_by}"
+    words = [
+        (f"step {incident.step}: {who} {event} ({incident.cause}: {one_line(incident.detail)}), "
+        f"seen by {incident.detected_by} after {incident.detected_s:.2f} s; {served}"),
+        f"pause {incident.pause_s:.3f} s"
+        + (f", {incident.waited_for_spare_s:.2f} s of it waiting for a worker"
+           if incident.waited_for_spare_s else ""),
+        count(incident.steps_lost, "committed step") + " lost",
+        count(incident.micro_batches_recomputed, "micro-batch", "es") + " recomputed",
+        f"{size(incident.bytes_moved)} moved",
+    ]  # fmt: skip
+    if incident.digest_before or incident.digest_after:
+        same = incident.digest_before == incident.digest_after
+        before, after = incident.digest_before[:12] or "?", incident.digest_after[:12] or "?"
+        words.append(
+            f"digest {before} on both sides" if same else f"digest {before} became {after}"
+        )
+    return ", ".join(words)

@@ -44,6 +44,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Policy]]:
     policies = dict(POLICIES)
     for name, raw in _table(tables.get("policies", {}), "[policies]").items():
         table = _table(raw, f"[policies.{name}]")
+        if name not in policies and "base" not in table:
+            raise ConfigError(
+                f"[policies.{name}] is a new policy and has no base",
+                hint=f'base = "restart-tuned", or another of {", ".join(policies)}',
+            )
         base = find_policy(table.pop("base", name), policies)
         _check_fields(table, Policy, f"[policies.{name}]", skip={"name"})
         policies[name] = dataclasses.replace(base, name=name, **table)

@@ -90,7 +90,7 @@ def test_real_bindings_read_every_value(machine):
         "throttled_thermal_s": 0.0, "throttled_brake_s": 0.0, "utilisation": 0.97,
         "recovery_action": 0, "lost": 0, "row_remap_failed": 0, "row_remap_pending": 0,
         "ecc_uncorrected_total": 0, "ecc_corrected_total": 3, "nvlink_errors_total": 5,
-        "pcie_replays_total": 1,
+        "pcie_replays_total": 1, "energy_j": 5000.0,
     }  # fmt: skip
     assert (second["slowdown_c"], second["shutdown_c"]) == (87, 92)
 

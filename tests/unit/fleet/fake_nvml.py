@@ -84,6 +84,9 @@ class FakeNvml:
     def nvmlDeviceGetUtilizationRates(self, handle):
         return SimpleNamespace(gpu=self._of(handle, "use"))
 
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return self._of(handle, "energy")
+
     def nvmlDeviceGetFieldValues(self, handle, ids):
         fields = self._of(handle, "fields")
         return [
@@ -123,6 +126,7 @@ def healthy(**changes):
         "remapped": (0, 0, 0, 0),
         "replays": 1,
         "use": 97,
+        "energy": 90_000_000,
         "fields": {52: 4, 59: 1, 230: 0},
         **changes,
     }

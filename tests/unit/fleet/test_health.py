@@ -13,12 +13,12 @@ from trainonce.fleet.health import (
     XIDS_SUSPECT,
     Action,
     HealthLimits,
-    HealthWatch,
     Verdict,
     judge,
 )
 from trainonce.fleet.moves import Move, MoveLimits, may_move
 from trainonce.fleet.signals import Reading, RecordedSource, ScriptedSource, from_record, record
+from trainonce.fleet.watch import HealthWatch
 
 EVERY_S = 10.0
 
@@ -202,6 +202,75 @@ def test_one_wrong_reading_and_one_that_has_ended_are_no_steep_rise() -> None:
     assert hot([60.0, 75.0, 81.0], 3).action is not Action.MIGRATE, "work may do that"
 
 
+def told_each_half_minute(temperatures: list[float], watts: list[float]) -> Verdict:
+    energy_j, made = 1e6, []
+    for i, (temperature_c, power) in enumerate(zip(temperatures, watts, strict=True)):
+        energy_j += 30 * power
+        made.append(
+            Reading(mono_s=30.0 * i, host="h", device="gpu0", temperature_c=temperature_c,
+                    energy_j=energy_j, slowdown_c=87.0, shutdown_c=92.0)
+        )  # fmt: skip
+    return judge(made)
+
+
+REST = [75.0, 76.0, 75.0, 77.0, 76.0, 75.0]
+
+
+def test_steep_rise_at_no_more_power_is_seen_at_its_second_reading() -> None:
+    verdict = told_each_half_minute([*REST, 79.0, 86.0], [600.0] * 8)
+    assert verdict.action is Action.MIGRATE
+    said = "86 °C, 7 °C more than before at no more power: shutdown at 92 °C is near"
+    assert verdict.reasons == (said,)
+    less = [*[600.0] * 6, 500.0, 400.0]  # it protects itself already
+    assert told_each_half_minute([*REST, 79.0, 86.0], less).action is Action.MIGRATE
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "watts"),
+    [
+        pytest.param([*REST, 79.0, 86.0], [*[400.0] * 6, 600.0, 600.0], id="more work"),
+        pytest.param([*REST, 75.0, 86.0], [600.0] * 8, id="one reading, which may be wrong"),
+        pytest.param([*REST, 79.0, 82.0], [600.0] * 8, id="time is left to look again"),
+        pytest.param([*REST, 86.0, 79.0], [600.0] * 8, id="it falls again"),
+        pytest.param([*REST, 120.0, 255.0], [600.0] * 8, id="two wrong ones"),
+        pytest.param([70.0, 73.0, 76.0, 78.0, 80.0, 82.0, 84.0, 86.0], [600.0] * 8, id="no rest"),
+        pytest.param([*REST, 79.0, 86.0], [300.0, 600.0] * 4, id="work that comes and goes"),
+        pytest.param([*REST, 79.0, 86.0], [0.0] * 8, id="a counter that stands still"),
+        pytest.param([*REST, 79.0, 86.0], [600.0] * 7 + [-3e5], id="a counter that was reset"),
+        pytest.param([*REST[3:], 79.0, 86.0], [600.0] * 5, id="too short a rest"),
+    ],
+)
+def test_rise_that_power_or_a_wrong_reading_explains_moves_nothing(
+    temperatures: list[float], watts: list[float]
+) -> None:
+    told = told_each_half_minute(temperatures, watts)
+    assert not any("at no more power" in reason for reason in told.reasons)
+
+
+def test_exporter_that_is_asked_oftener_than_it_is_refreshed_tells_the_same() -> None:
+    fresh = zip([*REST, 79.0, 86.0], range(8), strict=True)
+    made = [
+        Reading(mono_s=30.0 * i + again, host="h", device="gpu0", temperature_c=temperature_c,
+                energy_j=1e6 + 18_000.0 * i, slowdown_c=87.0, shutdown_c=92.0)
+        for temperature_c, i in fresh for again in (0.0, 10.0, 20.0)
+    ]  # fmt: skip
+    assert judge(made[:-2]).action is Action.MIGRATE
+
+
+@pytest.mark.parametrize("begin_c", [36.0, 50.0, 65.0])
+@pytest.mark.parametrize("tau_s", [30.0, 60.0, 120.0])
+def test_warm_up_after_a_rest_that_wavers_moves_nothing(tau_s: float, begin_c: float) -> None:
+    # What wavered before the rise was taken for a part of it, which no curve fitted.
+    for rest_c in (84.0, 86.0):
+
+        def at(now_s: float, rest_c: float = rest_c) -> float:
+            since_s = max(0.0, now_s - 605)
+            return rest_c - (rest_c - begin_c) * math.exp(-since_s / tau_s)
+
+        moved = [Oven(at, 10.0, dense=False).moved_s(1200, seed) for seed in range(8)]
+        assert moved.count(None) >= 7, "of eight"
+
+
 def test_device_at_rest_is_read_no_oftener_and_one_that_fell_silent_asks_for_nothing() -> None:
     watch = HealthWatch()
     watch.observe(readings(20, temperature_c=lambda i: 84.0 - i % 2, slowdown_c=87.0))
@@ -315,8 +384,28 @@ def test_watch_keeps_devices_apart_and_drops_what_comes_late() -> None:
     assert watch.observe([Reading(mono_s=4, host="a", device="gpu1")]) == {}
 
 
+@pytest.mark.parametrize("ahead_s", [1e3, 1e15])
+def test_clock_that_was_set_back_silences_no_device(ahead_s: float) -> None:
+    watch = HealthWatch()
+    wrong = Reading(mono_s=ahead_s, host="a", device="gpu0", temperature_c=60.0)
+    watch.observe([wrong])
+    hot = [Reading(mono_s=5.0 * i, host="a", device="gpu0", lost=1) for i in range(4)]
+    seen = [watch.observe([reading]) for reading in hot]
+    assert [len(verdicts) for verdicts in seen] == [0, 0, 1, 1]
+    assert seen[2]["a", "gpu0"].action is Action.MIGRATE
+
+
+def test_readings_of_a_second_source_that_come_late_forget_nothing() -> None:
+    watch = HealthWatch()
+    for i in range(60):
+        own = Reading(mono_s=10.0 * i, host="a", device="gpu0", ecc_uncorrected_total=int(i > 0))
+        late = [Reading(mono_s=10.0 * i - 5 + k, host="a", device="gpu0") for k in range(4)]
+        verdicts = watch.observe([own, *late])
+    assert verdicts["a", "gpu0"].action is Action.SUSPECT
+
+
 def test_device_that_floods_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainonce.fleet.health._MAX_READINGS", 20)
+    monkeypatch.setattr("trainonce.fleet.watch._MAX_READINGS", 20)
     watch = HealthWatch()
     watch.observe([Reading(mono_s=1.0, host="a", device="gpu0") for _ in range(50)])
     assert len(watch._history["a", "gpu0"]) == 20

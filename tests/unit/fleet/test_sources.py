@@ -13,7 +13,7 @@ import pytest
 
 from trainonce.clock import FakeClock
 from trainonce.errors import ConfigError, SourceError
-from trainonce.fleet.health import Action, HealthWatch
+from trainonce.fleet.health import Action
 from trainonce.fleet.sources import amd, dcgm, nvml
 from trainonce.fleet.sources.choose import check, open_sources
 from trainonce.fleet.sources.dcgm import DcgmSource, parse_metrics
@@ -21,6 +21,7 @@ from trainonce.fleet.sources.follow import FollowedSource
 from trainonce.fleet.sources.host import HostSource
 from trainonce.fleet.sources.kernel_log import KernelLogSource, LogParser
 from trainonce.fleet.sources.nvml import NvmlSource
+from trainonce.fleet.watch import HealthWatch
 
 HERE = Path(__file__).parent
 _SPEC = importlib.util.spec_from_file_location("fake_nvml", HERE / "fake_nvml.py")
@@ -56,7 +57,7 @@ def test_nvml_device_is_read_whole(clock):
         "shutdown_c": 92, "throttled_thermal_s": 0.0, "throttled_brake_s": 0.0,
         "utilisation": 0.97, "recovery_action": 0, "lost": 0, "row_remap_failed": 0,
         "row_remap_pending": 0, "ecc_uncorrected_total": 0, "ecc_corrected_total": 3,
-        "nvlink_errors_total": 5, "pcie_replays_total": 1,
+        "nvlink_errors_total": 5, "pcie_replays_total": 1, "energy_j": 90_000.0,
     }  # fmt: skip
 
 
@@ -211,6 +212,7 @@ SHOWN = """\
 DCGM_FI_DEV_GPU_TEMP{gpu="0",UUID="GPU-a",device="nvidia0",modelName="NVIDIA H100 80GB"} 61
 DCGM_FI_DEV_GPU_TEMP{gpu="1",UUID="GPU-b",modelName="with \\"quotes\\" in it"} 64
 DCGM_FI_DEV_GPU_UTIL{gpu="0",UUID="GPU-a"} 98
+DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{gpu="0",UUID="GPU-a"} 64000000
 DCGM_FI_DEV_XID_ERRORS{gpu="0",UUID="GPU-a",err_code="31",err_msg="MMU"} 31
 DCGM_FI_DEV_ROW_REMAP_FAILURE{gpu="0",UUID="GPU-a"} 0
 DCGM_FI_DEV_ECC_DBE_VOL_TOTAL{gpu="0",UUID="GPU-a"} 0
@@ -263,7 +265,7 @@ def test_exporter_is_read_over_http(clock, exporter):
     assert zero.to_record() == {
         "mono_s": 1000.0, "host": "gpu-1", "device": "gpu0", "temperature_c": 61.0,
         "utilisation": 0.98, "row_remap_failed": 0, "ecc_uncorrected_total": 0,
-        "nvlink_errors_total": 7, "pcie_replays_total": 5,
+        "nvlink_errors_total": 7, "pcie_replays_total": 5, "energy_j": 64_000.0,
     }  # fmt: skip
     assert (one.device, one.temperature_c) == ("gpu1", 64.0)
 
@@ -297,6 +299,12 @@ def test_exporter_that_fails_is_told_and_can_come_back(clock, exporter):
     exporter.close()
     with pytest.raises(SourceError, match="is not read"):
         source.read()
+
+
+@pytest.mark.parametrize("blank", [2147483632, 2147483634, 9223372036854775792, 140737488355328])
+def test_value_that_dcgm_does_not_know_is_no_failed_row(blank):
+    shown = f'DCGM_FI_DEV_ROW_REMAP_FAILURE{{gpu="0"}} {blank}\nDCGM_FI_DEV_GPU_TEMP{{gpu="0"}} 61'
+    assert parse_metrics(shown) == {"gpu0": {"DCGM_FI_DEV_GPU_TEMP": 61.0}}
 
 
 def test_devices_of_an_exporter_are_bounded():

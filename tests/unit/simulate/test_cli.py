@@ -196,7 +196,7 @@ def test_impossible_parameters_get_a_clear_word(
         ("[scenario]\ncolour = 3\n", "unknown setting 'colour'"),
         ('[scenario]\nnum_gpus = "many"\n', "num_gpus cannot be 'many'"),
         ("[scenario]\nnum_gpus = true\n", "num_gpus cannot be True"),
-        ("[policies.mine]\nrestart_s = 3\n", "unknown policy 'mine'"),
+        ("[policies.mine]\nrestart_s = 3\n", "is a new policy and has no base"),
         ('[policies.trainonce]\npredicts = "yes"\n', "predicts cannot be 'yes'"),
         ('[policies.trainonce]\nspare_source = "sky"\n', "spare_source must be"),
         ("[policies.trainonce]\nlive_share = 1.5\n", "live_share must lie between 0 and 1"),

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from trainonce.fleet.records import address, count, read_record, write_record
+from trainonce.fleet.records import Record, address, count
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-_FORMAT = "trainonce-clocks-1"
-MAX_FILE_BYTES = 512 << 20
 _MAX_STAMPS = 20_000_000
 
 # Pair, 0 or 1 within it, and when it was sent or arrived, in nanoseconds.
@@ -19,7 +14,7 @@ Stamp = tuple[int, int, int]
 
 
 @dataclass(kw_only=True)
-class ClockRecord:
+class ClockRecord(Record):
     """What one host sent and received, on its own clock.
 
     Args:
@@ -31,6 +26,10 @@ class ClockRecord:
         strangers: Packets that were not from a peer, or not authentic.
     """
 
+    FORMAT = "trainonce-clocks-1"
+    COMMAND = "trainonce fleet clock-probe"
+    MAX_FILE_BYTES = 512 << 20
+
     host: str
     stamps: str = "user"
     sent: dict[str, list[Stamp]] = field(default_factory=lambda: {})
@@ -38,31 +37,8 @@ class ClockRecord:
     unreachable: list[str] = field(default_factory=lambda: [])
     strangers: int = 0
 
-    def write(self, path: Path) -> None:
-        """Write the record as JSON.
-
-        Raises:
-            ConfigError: The file cannot be written.
-        """
-        write_record(path, {"format": _FORMAT, **self.__dict__})
-
     @classmethod
-    def read(cls, path: Path) -> ClockRecord:
-        """Read a record and check every value in it.
-
-        Raises:
-            ConfigError: The file cannot be read, or holds anything but a record.
-        """
-        return read_record(
-            path,
-            cls._from_raw,
-            form=_FORMAT,
-            command="trainonce fleet clock-probe",
-            max_bytes=MAX_FILE_BYTES,
-        )
-
-    @classmethod
-    def _from_raw(cls, raw: Any) -> ClockRecord:
+    def _from_raw(cls, raw: Any) -> Self:
         return cls(
             host=address(raw["host"]),
             stamps=raw["stamps"],

@@ -27,7 +27,7 @@ from trainonce.fleet.collect.message import (
     is_name,
 )
 from trainonce.fleet.feed import read_all
-from trainonce.fleet.health import HealthWatch
+from trainonce.fleet.watch import HealthWatch
 from trainonce.fleet.wire import is_loopback
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ _DEVICE: dict[str, tuple[str, str, str, dict[str, str]]] = {
     "slowdown_c": ("slowdown_celsius", "gauge", "Where the device begins to protect itself.", {}),
     "shutdown_c": ("shutdown_celsius", "gauge", "Where the device switches off.", {}),
     "utilisation": ("utilization_ratio", "gauge", "Share of the time the device was busy.", {}),
+    "energy_j": ("energy_joules_total", "counter", "Energy the device has used.", {}),
     "throttled_thermal_s": (
         "throttled_seconds_total", "counter", "Time slowed by the hardware.", {"by": "heat"},
     ),

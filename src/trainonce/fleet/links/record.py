@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
-from trainonce.fleet.records import address, count, read_record, write_record
+from trainonce.fleet.records import Record, address, count
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-_FORMAT = "trainonce-links-1"
-MAX_FILE_BYTES = 256 << 20
 MAX_HOPS = 32
 MAX_PACKETS = 100_000
 
@@ -20,7 +15,7 @@ FlowKey = tuple[str, int]
 
 
 @dataclass(kw_only=True)
-class HostRecord:
+class HostRecord(Record):
     """What one host sent, learned and received.
 
     Args:
@@ -36,6 +31,10 @@ class HostRecord:
         strangers: Packets that were not from a peer, or not authentic.
     """
 
+    FORMAT = "trainonce-links-1"
+    COMMAND = "trainonce fleet probe"
+    MAX_FILE_BYTES = 256 << 20
+
     host: str
     stamps: str = "user"
     hops: dict[FlowKey, list[str | None]] = field(default_factory=lambda: {})
@@ -44,43 +43,15 @@ class HostRecord:
     unreachable: list[str] = field(default_factory=lambda: [])
     strangers: int = 0
 
-    def write(self, path: Path) -> None:
-        """Write the record as JSON.
-
-        Raises:
-            ConfigError: The file cannot be written.
-        """
-        write_record(
-            path,
-            {
-                "format": _FORMAT,
-                "host": self.host,
-                "stamps": self.stamps,
-                "hops": [[*key, hops] for key, hops in self.hops.items()],
-                "sent": [[*key, sent] for key, sent in self.sent.items()],
-                "received": [[*key, rows] for key, rows in self.received.items()],
-                "unreachable": self.unreachable,
-                "strangers": self.strangers,
-            },
-        )
+    def _to_raw(self) -> dict[str, Any]:
+        flows = {"hops": self.hops, "sent": self.sent, "received": self.received}
+        return {
+            **vars(self),
+            **{name: [[*key, told] for key, told in each.items()] for name, each in flows.items()},
+        }
 
     @classmethod
-    def read(cls, path: Path) -> HostRecord:
-        """Read a record and check every value in it.
-
-        Raises:
-            ConfigError: The file cannot be read, or holds anything but a record.
-        """
-        return read_record(
-            path,
-            cls._from_raw,
-            form=_FORMAT,
-            command="trainonce fleet probe",
-            max_bytes=MAX_FILE_BYTES,
-        )
-
-    @classmethod
-    def _from_raw(cls, raw: Any) -> HostRecord:
+    def _from_raw(cls, raw: Any) -> Self:
         return cls(
             host=address(raw["host"]),
             stamps=raw["stamps"],
@@ -94,7 +65,7 @@ class HostRecord:
 
 def _key(row: Any) -> FlowKey:
     peer, port, _ = row
-    if not isinstance(port, int) or not 0 <= port < 65_536:
+    if type(port) is not int or not 0 <= port < 65_536:
         raise ValueError(f"port {port!r}")
     return address(peer), port
 

@@ -42,6 +42,10 @@ _NVLINK = (
 )
 _REASONS = ("DCGM_FI_DEV_CLOCKS_EVENT_REASONS", "DCGM_FI_DEV_CLOCK_THROTTLE_REASONS")
 _THERMAL, _BRAKE = 0x40, 0x80
+# What DCGM answers where it knows nothing, and why (dcgm_structs.h); exporters leave it out.
+_BLANK = {
+    float(base + why) for base in (0x7FFFFFF0, 1 << 47, 0x7FFFFFFFFFFFFFF0) for why in range(4)
+}
 _INTEGERS = {name for name in _GAUGES.values() if not name.endswith("_c")}
 
 
@@ -65,7 +69,7 @@ def parse_metrics(text: str, pci: dict[str, str] | None = None) -> dict[str, dic
             value = float(match["value"])
         except ValueError:
             continue
-        if not index.isdigit() or not math.isfinite(value) or len(index) > 4:
+        if not index.isdigit() or not math.isfinite(value) or len(index) > 4 or value in _BLANK:
             continue
         if f"gpu{index}" in found or len(found) < _MAX_DEVICES:
             found.setdefault(f"gpu{int(index)}", {})[match["name"]] = value
@@ -146,6 +150,8 @@ class DcgmSource:
             fields["nvlink_errors_total"] = int(sum(links))
         if "DCGM_FI_DEV_GPU_UTIL" in metrics:
             fields["utilisation"] = metrics["DCGM_FI_DEV_GPU_UTIL"] / 100
+        if "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION" in metrics:
+            fields["energy_j"] = metrics["DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION"] / 1000
         reasons = next((metrics[name] for name in _REASONS if name in metrics), None)
         if reasons is not None:
             slowed = self._throttled_s.setdefault(device, [0.0, 0.0])

@@ -105,11 +105,13 @@ class NvmlSource:
         fields = self._fields(handle, lost)
         rows = ask(lambda: nvml.nvmlDeviceGetRemappedRows(handle))
         use = ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle))
+        energy_mj = ask(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
         nvlink = [fields.get(name) for name in ("nvlink_replays", "nvlink_recoveries")]
         values: dict[str, Any] = {
             **self._heat(handle, fields, lost),
             **self._slowed(index, handle, since_s, lost),
             "utilisation": None if use is None else use.gpu / 100,
+            "energy_j": None if energy_mj is None else energy_mj / 1000,
             "recovery_action": fields.get("recovery_action"),
             "row_remap_pending": fields.get("pending") if rows is None else rows[2],
             "row_remap_failed": fields.get("failed") if rows is None else rows[3],

@@ -19,7 +19,8 @@ from trainonce.levers.fingerprint import model_digest
 from trainonce.levers.host import is_first_process, open_host, settle_plan
 from trainonce.levers.plan_file import Plan
 from trainonce.levers.planning import plan as make_plan
-from trainonce.levers.training import BEST, Training, to_stderr
+from trainonce.levers.training import Training
+from trainonce.levers.watching import BEST, Watch, to_stderr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -142,27 +143,27 @@ def fit(
     )
     if chosen.is_on("early-stop") and eval_data is None and is_first_process():
         progress("early stop is on, and will not stop anything: there are no data to evaluate on")
-    training = Training(
-        host, chosen, model, data, eval_data, loss, metric, optimizer, count=count, seed=seed,
-        gate=gate, meter=meter, tensorboard=Path(tensorboard) if tensorboard else None,
-        show=progress,
+    training = Training(host, chosen, model, data, loss, optimizer, count=count, seed=seed)
+    watch = Watch(
+        training, data, eval_data, loss, metric, count=count, seed=seed, gate=gate, meter=meter,
+        tensorboard=Path(tensorboard) if tensorboard else None, show=progress,
     )  # fmt: skip
-    with contextlib.closing(training), training.flags():
-        update, look = host.step(training.update), host.step(training.look)
+    with contextlib.closing(training), contextlib.closing(watch), training.flags():
+        update, look = host.step(training.update), host.step(watch.look)
         host.protect(
             model=training.model, optimizer=training.optimizer, loader=training.loader,
             levers=training.stack, state=training.state,
         )  # fmt: skip
         if training.state.updates < chosen.run.steps:
             gate.check(training.state.spent)
-        until = 0 if training.stopped() else chosen.run.steps
+        until = 0 if watch.stopped() else chosen.run.steps
         for batch in host.batches(training.loader, max_steps=until):
             update(batch)
-            if training.due():
+            if watch.due():
                 look()
-                if training.worth_saving():
+                if watch.worth_saving():
                     host.save()
-                if training.stopped():
+                if watch.stopped():
                     break
     return _result(training)
 

@@ -43,6 +43,10 @@ class Recipe:
     name: str
     settings: dict[str, Any] = field(default_factory=lambda: {})
 
+    def changed(self, what: str, **settings: Any) -> Recipe:
+        """Return the recipe with other settings, which its name tells by `what`."""
+        return Recipe(f"{self.name}, {what}", {**self.settings, **settings})
+
 
 class Task(Protocol):
     """A model, its data, and how to train it.

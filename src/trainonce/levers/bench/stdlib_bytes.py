@@ -155,12 +155,12 @@ class StdlibBytes:
     def shorter(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe with fewer tokens."""
         tokens = round(recipe.settings["tokens"] * share)
-        return Recipe(f"{recipe.name}, {share:.0%} long", {**recipe.settings, "tokens": tokens})
+        return recipe.changed(f"{share:.0%} long", tokens=tokens)
 
     def subset(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe with fewer tokens, as often as before, of fewer bytes."""
-        changes = {"tokens": round(recipe.settings["tokens"] * share), "subset": share}
-        return Recipe(f"{recipe.name}, {share:.0%} of data", {**recipe.settings, **changes})
+        tokens = round(recipe.settings["tokens"] * share)
+        return recipe.changed(f"{share:.0%} of data", tokens=tokens, subset=share)
 
     def train(
         self, recipe: Mapping[str, Any], seed: int, split: str, meter: UsageMeter

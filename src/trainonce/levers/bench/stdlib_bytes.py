@@ -46,6 +46,7 @@ class BytesRecipe:
         tokens: Tokens to train on, over the whole run.
         schedule: Warm-up and decay to zero; else a constant rate.
         sequence_warmup: Share of the run with shorter sequences; 0 for none.
+        shortest: Bytes of the first of them.
         subset: Share of the training bytes, drawn at random in pieces.
         batch: Sequences of an update.
         ns_steps: Newton-Schulz steps of Muon.
@@ -56,6 +57,7 @@ class BytesRecipe:
     tokens: int = 300_000
     schedule: bool = False
     sequence_warmup: float = 0.0
+    shortest: int = 16
     subset: float = 1.0
     batch: int = 16
     ns_steps: int = 5
@@ -185,7 +187,11 @@ class StdlibBytes:
         total = max(how.tokens // (how.batch * self._context), 1)
         schedule = Schedule(optimizer, total, enabled=how.schedule)
         warmup = SequenceWarmup(
-            self._context, total, ramp=how.sequence_warmup, enabled=how.sequence_warmup > 0
+            self._context,
+            total,
+            ramp=how.sequence_warmup,
+            shortest=how.shortest,
+            enabled=how.sequence_warmup > 0,
         )
         generator = torch.Generator().manual_seed(derive_seed("order", seed))
         data = self._part(how.subset, seed)

@@ -46,7 +46,6 @@ class BytesRecipe:
         tokens: Tokens to train on, over the whole run.
         schedule: Warm-up and decay to zero; else a constant rate.
         sequence_warmup: Share of the run with shorter sequences; 0 for none.
-        shortest: Bytes of the first of them.
         subset: Share of the training bytes, drawn at random in pieces.
         batch: Sequences of an update.
         ns_steps: Newton-Schulz steps of Muon.
@@ -57,7 +56,6 @@ class BytesRecipe:
     tokens: int = 300_000
     schedule: bool = False
     sequence_warmup: float = 0.0
-    shortest: int = 16
     subset: float = 1.0
     batch: int = 16
     ns_steps: int = 5
@@ -187,11 +185,7 @@ class StdlibBytes:
         total = max(how.tokens // (how.batch * self._context), 1)
         schedule = Schedule(optimizer, total, enabled=how.schedule)
         warmup = SequenceWarmup(
-            self._context,
-            total,
-            ramp=how.sequence_warmup,
-            shortest=how.shortest,
-            enabled=how.sequence_warmup > 0,
+            self._context, total, ramp=how.sequence_warmup, enabled=how.sequence_warmup > 0
         )
         generator = torch.Generator().manual_seed(derive_seed("order", seed))
         data = self._part(how.subset, seed)
@@ -250,43 +244,56 @@ def default() -> Recipe:
 
 def baseline(grid: str) -> list[Recipe]:
     """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
-    if grid == "small":
-        return [_named("adamw", 1e-2, 8, 0.0, thousands) for thousands in (150, 300)]
-    return [
+    small = [
         _named("adamw", lr, batch, 0.0, thousands)
-        for thousands in (75, 100, 125, 225, 300)
-        for lr, batch in ((5e-3, 4), (1e-2, 2), (1e-2, 4), (2e-2, 4), (1e-2, 8))
+        for thousands, choices in (
+            (300, ((2.5e-3, 1), (5e-3, 1), (5e-3, 2), (1e-2, 2), (2e-2, 2))),
+            (100, ((5e-3, 2), (1e-2, 2), (1e-2, 4))),
+        )
+        for lr, batch in choices
+    ]
+    if grid == "small":
+        return small
+    return [
+        *small,
+        *(_named("adamw", lr, 4, 0.0, 300) for lr in (5e-3, 1e-2, 2e-2)),
+        *(_named("adamw", lr, 4, 0.0, 100) for lr in (5e-3, 2e-2)),
+        *(
+            _named("adamw", lr, batch, 0.0, thousands)
+            for thousands in (75, 125, 225)
+            for lr, batch in ((5e-3, 2), (1e-2, 2), (5e-3, 4), (1e-2, 4), (2e-2, 4))
+        ),
+        *(_named("adamw", 1e-2, 8, 0.0, thousands) for thousands in (100, 300)),
     ]
 
 
 def candidates(grid: str) -> list[Recipe]:
     """Return AdamW and Muon, each with sequence-length warm-up, and Muon alone."""
+    fewer_steps = [
+        _named("muon", lr, 4, 0.7, thousands, ns_steps=3)
+        for lr in (1e-2, 2e-2, 4e-2)
+        for thousands in (60, 80, 145, 160, 180)
+    ]
     if grid == "small":
-        chosen = [("adamw", 1e-2, 8, 0.4, 200), ("muon", 2e-2, 8, 0.4, 75)]
-        return [_named(*each) for each in (*chosen, ("muon", 2e-2, 8, 0.4, 150))]
+        return fewer_steps
     warmed = [
         _named("muon", lr, batch, 0.4, thousands)
         for thousands in (50, 60, 70, 80, 125, 150, 175, 200)
         for lr, batch in ((2e-2, 4), (4e-2, 4), (4e-2, 8), (4e-2, 2))
     ]
     alone = [_named("muon", 4e-2, 4, 0.0, thousands) for thousands in (70, 150, 175)]
-    fewer_steps = [
-        _named("muon", lr, batch, 0.4, thousands, ns_steps=3)
-        for lr, batch, horizons in (
-            (2e-2, 4, (40, 50, 60, 165, 175, 185)),
-            (4e-2, 8, (50, 60, 180, 190, 200)),
-        )
-        for thousands in horizons
+    larger_batch = [
+        _named("muon", 4e-2, 8, 0.7, thousands, ns_steps=3) for thousands in (50, 60, 170, 190)
     ]
-    by_adamw = [_named("adamw", 1e-2, 4, 0.4, thousands) for thousands in (100, 225)]
-    return [*warmed, *alone, *by_adamw, *fewer_steps]
+    by_adamw = [_named("adamw", 1e-2, batch, 0.4, n) for n in (100, 225) for batch in (2, 4)]
+    return [*fewer_steps, *larger_batch, *warmed, *alone, *by_adamw]
 
 
 def _named(
     optimizer: str, lr: float, batch: int, ramp: float, thousands: int, ns_steps: int = 5
 ) -> Recipe:
     name = optimizer if ns_steps == 5 else f"{optimizer} ({ns_steps} steps)"
-    warmup = " + sequence warm-up" if ramp else ""
+    warmup = f" + sequence warm-up over {ramp:.0%}" if ramp else ""
     return _recipe(
         f"{name} {lr:g}, batch {batch}{warmup}, {thousands}k tokens",
         ns_steps=ns_steps,

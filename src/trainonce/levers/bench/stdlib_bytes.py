@@ -274,8 +274,13 @@ def candidates(grid: str) -> list[Recipe]:
         for lr in (1e-2, 2e-2, 4e-2)
         for thousands in (60, 80, 145, 160, 180)
     ]
+    others = [  # one thing changed at a time
+        _named("muon", 2e-2, 4, ramp, 160, ns_steps=steps)
+        for ramp, steps in ((0.7, 5), (0.7, 2), (0.4, 3), (1.0, 3))
+    ]
+    small = [*fewer_steps, *others, _named("muon", 4e-2, 8, 0.7, 170, ns_steps=3)]
     if grid == "small":
-        return fewer_steps
+        return small
     warmed = [
         _named("muon", lr, batch, 0.4, thousands)
         for thousands in (50, 60, 70, 80, 125, 150, 175, 200)
@@ -283,10 +288,10 @@ def candidates(grid: str) -> list[Recipe]:
     ]
     alone = [_named("muon", 4e-2, 4, 0.0, thousands) for thousands in (70, 150, 175)]
     larger_batch = [
-        _named("muon", 4e-2, 8, 0.7, thousands, ns_steps=3) for thousands in (50, 60, 170, 190)
+        _named("muon", 4e-2, 8, 0.7, thousands, ns_steps=3) for thousands in (50, 60, 190)
     ]
     by_adamw = [_named("adamw", 1e-2, batch, 0.4, n) for n in (100, 225) for batch in (2, 4)]
-    return [*fewer_steps, *larger_batch, *warmed, *alone, *by_adamw]
+    return [*small, *larger_batch, *warmed, *alone, *by_adamw]
 
 
 def _named(

@@ -247,7 +247,7 @@ def baseline(grid: str) -> list[Recipe]:
     small = [
         _named("adamw", lr, batch, 0.0, thousands)
         for thousands, choices in (
-            (300, ((2.5e-3, 1), (5e-3, 1), (5e-3, 2), (1e-2, 2), (2e-2, 2))),
+            (300, ((5e-3, 2), (1e-2, 2), (2e-2, 2))),
             (100, ((5e-3, 2), (1e-2, 2), (1e-2, 4))),
         )
         for lr, batch in choices
@@ -256,6 +256,7 @@ def baseline(grid: str) -> list[Recipe]:
         return small
     return [
         *small,
+        *(_named("adamw", lr, 1, 0.0, 300) for lr in (2.5e-3, 5e-3)),
         *(_named("adamw", lr, 4, 0.0, 300) for lr in (5e-3, 1e-2, 2e-2)),
         *(_named("adamw", lr, 4, 0.0, 100) for lr in (5e-3, 2e-2)),
         *(
@@ -271,8 +272,12 @@ def candidates(grid: str) -> list[Recipe]:
     """Return AdamW and Muon, each with sequence-length warm-up, and Muon alone."""
     fewer_steps = [
         _named("muon", lr, 4, 0.7, thousands, ns_steps=3)
-        for lr in (1e-2, 2e-2, 4e-2)
-        for thousands in (60, 80, 145, 160, 180)
+        for lr, horizons in (
+            (1e-2, (80, 160, 180)),
+            (2e-2, (60, 80, 145, 160, 180)),
+            (4e-2, (60, 160, 180)),
+        )
+        for thousands in horizons
     ]
     others = [  # one thing changed at a time
         _named("muon", 2e-2, 4, ramp, 160, ns_steps=steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 from trainonce.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+# Of the caller: the loss or metric of (output, batch), and how much of each sample counts.
+Loss = Callable[[Any, Any], torch.Tensor]
+Count = Callable[[Any], torch.Tensor]
 
 
 def call_model(model: torch.nn.Module, batch: Any) -> Any:

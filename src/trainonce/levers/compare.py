@@ -124,3 +124,9 @@ def savings(reference: Sequence[Usage], arm: Sequence[Usage]) -> dict[str, float
         if None not in theirs and None not in ours and sum(theirs) > 0:
             found[kind] = 1 - (sum(ours) / len(ours)) / (sum(theirs) / len(theirs))
     return found
+
+
+def mean_loss(runs: Sequence[Trained]) -> float:
+    """Return the mean loss; infinite where a run's is not finite."""
+    losses = [run.loss for run in runs]
+    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf

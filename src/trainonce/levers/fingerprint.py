@@ -17,9 +17,9 @@ from trainonce.levers.memory import is_out_of_memory, nothing_fits
 from trainonce.worker.seeds import derive_seed, seeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
-    from trainonce.levers.batches import Data
+    from trainonce.levers.batches import Count, Data, Loss
 
 TASKS = ("language-model", "vision", "finetune", "other")
 _LOOK_SAMPLES = 4
@@ -62,12 +62,12 @@ class Fingerprint:
 def take_fingerprint(
     model: torch.nn.Module,
     data: Data,
-    loss: Callable[[Any, Any], torch.Tensor],
+    loss: Loss,
     *,
     task: str | None,
     device: torch.device,
     world_size: int,
-    count: Callable[[Any], torch.Tensor] | None = None,
+    count: Count | None = None,
 ) -> Fingerprint:
     """Look at the model, four samples, and the loss of one forward pass.
 
@@ -120,7 +120,7 @@ def take_fingerprint(
 def _look(
     model: torch.nn.Module,
     data: Data,
-    loss: Callable[[Any, Any], torch.Tensor],
+    loss: Loss,
     device: torch.device,
 ) -> tuple[Any, Any, bool]:
     """Return a small batch, the model's output for it, and whether the loss is per sample."""
@@ -157,7 +157,7 @@ def is_per_sample(losses: Any, samples: int) -> bool:
     )
 
 
-def amount_of(batch: Any, count: Callable[[Any], torch.Tensor] | None) -> int:
+def amount_of(batch: Any, count: Count | None) -> int:
     """Return what a batch is averaged over: its samples, or the sum of what `count` says of each.
 
     Raises:

@@ -19,7 +19,8 @@ from trainonce.levers.fingerprint import model_digest
 from trainonce.levers.host import is_first_process, open_host, settle_plan
 from trainonce.levers.plan_file import Plan
 from trainonce.levers.planning import plan as make_plan
-from trainonce.levers.training import BEST, Training, to_stderr
+from trainonce.levers.training import Training
+from trainonce.levers.watching import BEST, Watch, to_stderr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,37 +133,31 @@ def fit(
     chosen = plan
     if not isinstance(chosen, Plan):
         chosen = settle_plan(Path(chosen) if chosen else host.folder / "plan.toml", make)
-    _check(
-        chosen,
-        model,
-        data,
-        host.world_size,
-        steps,
-        progress if is_first_process() else lambda _line: None,
-    )
-    if chosen.is_on("early-stop") and eval_data is None and is_first_process():
-        progress("early stop is on, and will not stop anything: there are no data to evaluate on")
-    training = Training(
-        host, chosen, model, data, eval_data, loss, metric, optimizer, count=count, seed=seed,
-        gate=gate, meter=meter, tensorboard=Path(tensorboard) if tensorboard else None,
-        show=progress,
+    _check_plan(chosen, model, data, host.world_size)
+    if is_first_process():
+        for line in _unused(chosen, steps, eval_data):
+            progress(line)
+    training = Training(host, chosen, model, data, loss, optimizer, count=count, seed=seed)
+    watch = Watch(
+        training, data, eval_data, loss, metric, count=count, seed=seed, gate=gate, meter=meter,
+        tensorboard=Path(tensorboard) if tensorboard else None, show=progress,
     )  # fmt: skip
-    with contextlib.closing(training), training.flags():
-        update, look = host.step(training.update), host.step(training.look)
+    with contextlib.closing(training), contextlib.closing(watch), training.flags():
+        update, look = host.step(training.update), host.step(watch.look)
         host.protect(
             model=training.model, optimizer=training.optimizer, loader=training.loader,
             levers=training.stack, state=training.state,
         )  # fmt: skip
         if training.state.updates < chosen.run.steps:
             gate.check(training.state.spent)
-        until = 0 if training.stopped() else chosen.run.steps
+        until = 0 if watch.stopped() else chosen.run.steps
         for batch in host.batches(training.loader, max_steps=until):
             update(batch)
-            if training.due():
+            if watch.due():
                 look()
-                if training.worth_saving():
+                if watch.worth_saving():
                     host.save()
-                if training.stopped():
+                if watch.stopped():
                     break
     return _result(training)
 
@@ -188,14 +183,8 @@ def _check_kinds(model: Any, plan: Any, budget: Any, optimizer: Any) -> None:
             )
 
 
-def _check(
-    plan: Plan,
-    model: torch.nn.Module,
-    data: Data,
-    world_size: int,
-    steps: int | None,
-    show: Callable[[str], None],
-) -> None:
+def _check_plan(plan: Plan, model: torch.nn.Module, data: Data, world_size: int) -> None:
+    """Raise where a plan is of another model, or for more data."""
     mine = model_digest(model)
     if plan.fingerprint.model != mine:
         raise ConfigError(
@@ -209,10 +198,20 @@ def _check(
             f"there are {len(data)} to train on",
             hint="make a plan for these data, or lower batch_size in it",
         )
+
+
+def _unused(plan: Plan, steps: int | None, eval_data: Data | None) -> list[str]:
+    """Return what was asked for and will do nothing, one sentence each."""
+    found: list[str] = []
     if steps is not None and steps != plan.run.steps:
-        show(f"the plan has {plan.run.steps} updates, and steps={steps} is not used")
+        found.append(f"the plan has {plan.run.steps} updates, and steps={steps} is not used")
     if not plan.fingerprint.per_sample:
-        show("the loss is a scalar: levers that need one value a sample are off")
+        found.append("the loss is a scalar: levers that need one value a sample are off")
+    if plan.is_on("early-stop") and eval_data is None:
+        found.append(
+            "early stop is on, and will not stop anything: there are no data to evaluate on"
+        )
+    return found
 
 
 def _result(training: Training) -> FitResult:

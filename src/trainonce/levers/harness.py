@@ -14,13 +14,12 @@ candidate that should match it.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trainonce.errors import ConfigError, StudyPausedError
-from trainonce.levers.compare import MIN_SEEDS, Comparison, Trained, compare, upper_bound
+from trainonce.levers.choices import choose
+from trainonce.levers.compare import MIN_SEEDS, Comparison, Trained, compare
 from trainonce.levers.usage import Usage, UsageMeter
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     Progress = Callable[[str], None]
 
 RERUNS = (1, 10)
-# A control cut down by less than this is the tuned baseline itself.
-_LEAST_CUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,10 @@ class Recipe:
 
     name: str
     settings: dict[str, Any] = field(default_factory=lambda: {})
+
+    def changed(self, what: str, **settings: Any) -> Recipe:
+        """Return the recipe with other settings, which its name tells by `what`."""
+        return Recipe(f"{self.name}, {what}", {**self.settings, **settings})
 
 
 class Task(Protocol):
@@ -144,10 +145,6 @@ class Arm:
     against_default: Comparison | None = None
     against_tuned: Comparison | None = None
 
-    def mean_loss(self) -> float:
-        """Return the mean loss over the seeds."""
-        return mean_loss(self.runs)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StudyResult:
@@ -175,13 +172,7 @@ def run_study(
     journal: Journal | None = None,
     pause: Callable[[], bool] = lambda: False,
 ) -> StudyResult:
-    """Tune, fix the choices, and run every arm on the reporting seeds.
-
-    The tuned baseline is the one that needs the fewest FLOPs among those within half the
-    margin of the best baseline's loss. A candidate is the one that needs the fewest FLOPs
-    among those that pass on the tuning seeds what will be asked of them on the others: a mean
-    no worse than the reference's, and an upper bound of the paired difference within the
-    margin. If there is none, the best.
+    """Tune, fix the choices (`trainonce.levers.choices`), and run every arm on the other seeds.
 
     Args:
         study: What is compared.
@@ -199,35 +190,9 @@ def run_study(
         recipe.name: bench.train(recipe, study.tuning_seeds, "tuning")
         for recipe in (study.default, *study.baseline, *study.candidate)
     }
-    margin = study.task.margin
-    tuned = _choose_tuned(study.baseline, tuning, margin)
-    for_tuned = _cheapest_equal(study.candidate, tuning, tuned, margin)
-    for_default = _cheapest_equal(study.candidate, tuning, study.default, margin)
-    tuned_fast = _cheapest_equal(study.baseline, tuning, study.default, margin)
-    baseline_cost = add_usage([run.usage for r in study.baseline for run in tuning[r.name]])
-    candidate_cost = add_usage([run.usage for r in study.candidate for run in tuning[r.name]])
-    chosen = {
-        "default": (study.default, Usage()),
-        "tuned": (tuned, baseline_cost),
-        "tuned-fast": (tuned_fast, baseline_cost),
-        "candidate": (for_tuned, candidate_cost),
-        "candidate-fast": (for_default, candidate_cost),
-    }
-    share = _flops(tuning[for_tuned.name]) / _flops(tuning[tuned.name])
-    notes: list[str] = []
-    if share < 1 - _LEAST_CUT:
-        chosen["shorter"] = (study.task.shorter(tuned, share), baseline_cost)
-        chosen["subset"] = (study.task.subset(tuned, share), baseline_cost)
-    else:
-        notes.append(
-            f"no controls: the candidate {for_tuned.name} uses {share:.0%} of the tuned baseline's "
-            "FLOPs, so there is nothing to cut"
-        )
-    share = _flops(tuning[for_default.name]) / _flops(tuning[study.default.name])
-    if share < 1 - _LEAST_CUT:
-        chosen["default-shorter"] = (study.task.shorter(study.default, share), Usage())
-    arms = bench.report(chosen)
-    return StudyResult(study=study, arms=arms, tuning=tuning, notes=notes)
+    choices = choose(study, tuning)
+    arms = bench.report(choices.recipes)
+    return StudyResult(study=study, arms=arms, tuning=tuning, notes=choices.notes)
 
 
 class _Bench:
@@ -305,21 +270,6 @@ class _Bench:
         }
 
 
-def mean_loss(runs: Sequence[Trained]) -> float:
-    """Return the mean loss; infinite where a run's is not finite."""
-    losses = [run.loss for run in runs]
-    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
-
-
-def add_usage(usages: Sequence[Usage]) -> Usage:
-    """Return the sum; energy is None unless every part was measured."""
-    total: dict[str, Any] = {}
-    for each in dataclasses.fields(Usage):
-        values = [getattr(usage, each.name) for usage in usages]
-        total[each.name] = None if None in values else sum(values)
-    return Usage(**total)
-
-
 def saved_with_tuning(reference: Arm, arm: Arm, reruns: int, kind: str = "flops") -> float | None:
     """Return the share saved when tuning is paid once and the run `reruns` times, on both sides.
 
@@ -333,41 +283,3 @@ def saved_with_tuning(reference: Arm, arm: Arm, reruns: int, kind: str = "flops"
             return None
         costs.append((tuning or 0) + reruns * sum(runs) / len(runs))
     return 1 - costs[1] / costs[0]
-
-
-def _flops(runs: Sequence[Trained]) -> int:
-    return sum(run.usage.flops for run in runs)
-
-
-def _cheapest_equal(
-    recipes: Sequence[Recipe], tuning: Mapping[str, list[Trained]], reference: Recipe, margin: float
-) -> Recipe:
-    """Return the recipe of fewest FLOPs that is no worse than the reference, else the best.
-
-    With one tuning seed there is no bound, and the mean alone decides.
-    """
-    theirs = tuning[reference.name]
-
-    def passes(recipe: Recipe) -> bool:
-        ours = tuning[recipe.name]
-        pairs = [a.loss - b.loss for a, b in zip(ours, theirs, strict=True)]
-        bound = upper_bound(pairs) if len(pairs) > 1 else margin
-        return mean_loss(ours) <= mean_loss(theirs) < math.inf and bound <= margin
-
-    good = [recipe for recipe in recipes if passes(recipe)]
-    if not good:
-        return min(recipes, key=lambda recipe: mean_loss(tuning[recipe.name]))
-    return min(good, key=lambda recipe: _flops(tuning[recipe.name]))
-
-
-def _choose_tuned(
-    recipes: Sequence[Recipe], tuning: Mapping[str, list[Trained]], margin: float
-) -> Recipe:
-    best = min(mean_loss(tuning[r.name]) for r in recipes)
-    if not math.isfinite(best):
-        raise ConfigError(
-            "every baseline diverged on the tuning seeds",
-            hint="add recipes with a lower learning rate",
-        )
-    good = [r for r in recipes if mean_loss(tuning[r.name]) <= best + margin / 2]
-    return min(good, key=lambda r: _flops(tuning[r.name]))

@@ -23,12 +23,7 @@ from trainonce.levers.sequence import SequenceWarmup
 from trainonce.worker.seeds import derive_seed, seed_generators
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from trainonce.levers.batches import Data
-
-    Loss = Callable[[Any, Any], torch.Tensor]
-    Count = Callable[[Any], torch.Tensor]
+    from trainonce.levers.batches import Count, Data, Loss
 
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 256
 _LEAST_GAIN = 0.5

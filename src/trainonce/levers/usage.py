@@ -13,7 +13,7 @@ import torch
 from trainonce.levers.flops import FlopCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable
+    from collections.abc import Callable, Generator, Hashable, Sequence
 
     from trainonce.ledger.energy import Meter as EnergyMeter
 
@@ -57,6 +57,15 @@ class Usage:
         if peak_flops:
             found["mfu"] = found["flops_per_s"] / peak_flops
         return found
+
+
+def add_usage(usages: Sequence[Usage]) -> Usage:
+    """Return the sum; energy is None unless every part was measured."""
+    total: dict[str, Any] = {}
+    for each in dataclasses.fields(Usage):
+        values = [getattr(usage, each.name) for usage in usages]
+        total[each.name] = None if None in values else sum(values)
+    return Usage(**total)
 
 
 class UsageMeter:

@@ -34,12 +34,17 @@ def baseline(grid: str) -> list[Recipe]:
     """Return fixed budgets, over rates and passes over what was gathered."""
     if grid == "small":
         return [recipe(steps=steps, epochs=4) for steps in (50_000, 100_000)]
-    shorter = [
+    return [
         recipe(steps=steps, lr=lr, epochs=epochs)
-        for steps in (50_000, 100_000)
-        for lr, epochs in ((1e-3, 4), (3e-3, 4), (1e-3, 10))
+        for steps, choices in (
+            (30_000, ((3e-3, 4),)),
+            (50_000, ((1e-3, 4), (1e-3, 10), (3e-3, 2), (3e-3, 4))),
+            (75_000, ((3e-3, 2), (3e-3, 4))),
+            (100_000, ((1e-3, 4), (1e-3, 10), (3e-3, 4))),
+            (_BUDGET, ((3e-3, 4),)),
+        )
+        for lr, epochs in choices
     ]
-    return [*shorter, recipe(steps=_BUDGET, lr=3e-3, epochs=4)]
 
 
 def candidates(grid: str) -> list[Recipe]:
@@ -47,8 +52,12 @@ def candidates(grid: str) -> list[Recipe]:
     if grid == "small":
         return [recipe(steps=_BUDGET, epochs=4, share=s, stop_at=_SOLVED) for s in (0.5, 1.0)]
     return [
-        recipe(steps=_BUDGET, lr=lr, epochs=4, share=share, stop_at=stop_at, window=32, verify=4)
-        for lr in (1e-3, 3e-3)
-        for share in (0.5, 1.0)
-        for stop_at in (_SOLVED, -90.0, -85.0)
+        recipe(steps=_BUDGET, lr=lr, epochs=4, share=share, stop_at=stop_at, window=32, verify=2)
+        for lr, share, targets in (
+            (1e-3, 1.0, (_SOLVED, -90.0)),
+            (3e-3, 1.0, (_SOLVED, -90.0)),
+            (3e-3, 0.5, (_SOLVED, -90.0, -85.0)),
+            (3e-3, 0.25, (_SOLVED, -90.0, -85.0)),
+        )
+        for stop_at in targets
     ]

@@ -169,12 +169,12 @@ class Control:
     def shorter(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe with a smaller budget."""
         steps = round(recipe.settings["steps"] * share)
-        return Recipe(f"{recipe.name}, {share:.0%} long", {**recipe.settings, "steps": steps})
+        return recipe.changed(f"{share:.0%} long", steps=steps)
 
     def subset(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe trained on part of what is gathered."""
         kept = recipe.settings["share"] * share
-        return Recipe(f"{recipe.name}, {share:.0%} of data", {**recipe.settings, "share": kept})
+        return recipe.changed(f"{share:.0%} of data", share=kept)
 
     def train(
         self, recipe: Mapping[str, Any], seed: int, split: str, meter: UsageMeter

@@ -121,11 +121,11 @@ class Digits:
     def shorter(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe with fewer epochs."""
         epochs = recipe.settings["epochs"] * share
-        return Recipe(f"{recipe.name}, {share:.0%} long", {**recipe.settings, "epochs": epochs})
+        return recipe.changed(f"{share:.0%} long", epochs=epochs)
 
     def subset(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe on part of the data."""
-        return Recipe(f"{recipe.name}, {share:.0%} of data", {**recipe.settings, "subset": share})
+        return recipe.changed(f"{share:.0%} of data", subset=share)
 
     def train(
         self, recipe: Mapping[str, Any], seed: int, split: str, meter: UsageMeter
@@ -136,7 +136,7 @@ class Digits:
         model = DigitsNet(self._width)
         with meter.running():
             self._train_model(model, how, seed, meter)
-        return _evaluate(model, *self._splits[split])
+        return evaluate(model, *self._splits[split])
 
     def _train_model(
         self, model: DigitsNet, how: DigitsRecipe, seed: int, meter: UsageMeter
@@ -200,7 +200,8 @@ def _shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _evaluate(model: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def evaluate(model: DigitsNet, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Return the negative log-likelihood in nats and the error in percent."""
     model.eval()
     logits = model(images)
     return {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainonce.levers.bench.digits import Digits, DigitsNet
+from trainonce.levers.bench.digits import Digits, DigitsNet, evaluate
 from trainonce.levers.freeze import Freeze
 from trainonce.levers.harness import Recipe
 from trainonce.levers.optimizer import muon_adamw
@@ -99,14 +99,7 @@ class Finetune(Digits):
         model.body.load_state_dict(self._pretrained[seed])
         with meter.running():
             self._finetune(model, how, seed, meter)
-        model.eval()
-        images, labels = self._splits[split]
-        with torch.no_grad():
-            logits = model(images)
-        return {
-            "nll": F.cross_entropy(logits, labels).item(),
-            "error_percent": 100 * (logits.argmax(1) != labels).float().mean().item(),
-        }
+        return evaluate(model, *self._splits[split])
 
     def _pretrain(self, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(derive_seed("pretrain", seed))

@@ -155,12 +155,12 @@ class StdlibBytes:
     def shorter(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe with fewer tokens."""
         tokens = round(recipe.settings["tokens"] * share)
-        return Recipe(f"{recipe.name}, {share:.0%} long", {**recipe.settings, "tokens": tokens})
+        return recipe.changed(f"{share:.0%} long", tokens=tokens)
 
     def subset(self, recipe: Recipe, share: float) -> Recipe:
         """Return the recipe with fewer tokens, as often as before, of fewer bytes."""
-        changes = {"tokens": round(recipe.settings["tokens"] * share), "subset": share}
-        return Recipe(f"{recipe.name}, {share:.0%} of data", {**recipe.settings, **changes})
+        tokens = round(recipe.settings["tokens"] * share)
+        return recipe.changed(f"{share:.0%} of data", tokens=tokens, subset=share)
 
     def train(
         self, recipe: Mapping[str, Any], seed: int, split: str, meter: UsageMeter
@@ -244,43 +244,66 @@ def default() -> Recipe:
 
 def baseline(grid: str) -> list[Recipe]:
     """Return AdamW with decay to zero, over rates, batch sizes and horizons."""
-    if grid == "small":
-        return [_named("adamw", 1e-2, 8, 0.0, thousands) for thousands in (150, 300)]
-    return [
+    small = [
         _named("adamw", lr, batch, 0.0, thousands)
-        for thousands in (75, 100, 125, 225, 300)
-        for lr, batch in ((5e-3, 4), (1e-2, 2), (1e-2, 4), (2e-2, 4), (1e-2, 8))
+        for thousands, choices in (
+            (300, ((5e-3, 2), (1e-2, 2), (2e-2, 2))),
+            (100, ((5e-3, 2), (1e-2, 2), (1e-2, 4))),
+        )
+        for lr, batch in choices
+    ]
+    if grid == "small":
+        return small
+    return [
+        *small,
+        *(_named("adamw", lr, 1, 0.0, 300) for lr in (2.5e-3, 5e-3)),
+        *(_named("adamw", lr, 4, 0.0, 300) for lr in (5e-3, 1e-2, 2e-2)),
+        *(_named("adamw", lr, 4, 0.0, 100) for lr in (5e-3, 2e-2)),
+        *(
+            _named("adamw", lr, batch, 0.0, thousands)
+            for thousands in (75, 125, 225)
+            for lr, batch in ((5e-3, 2), (1e-2, 2), (5e-3, 4), (1e-2, 4), (2e-2, 4))
+        ),
+        *(_named("adamw", 1e-2, 8, 0.0, thousands) for thousands in (100, 300)),
     ]
 
 
 def candidates(grid: str) -> list[Recipe]:
     """Return AdamW and Muon, each with sequence-length warm-up, and Muon alone."""
+    fewer_steps = [
+        _named("muon", lr, 4, 0.7, thousands, ns_steps=3)
+        for lr, horizons in (
+            (1e-2, (80, 160, 180)),
+            (2e-2, (60, 80, 145, 160, 180)),
+            (4e-2, (60, 160, 180)),
+        )
+        for thousands in horizons
+    ]
+    others = [  # one thing changed at a time
+        _named("muon", 2e-2, 4, ramp, 160, ns_steps=steps)
+        for ramp, steps in ((0.7, 5), (0.7, 2), (0.4, 3), (1.0, 3))
+    ]
+    small = [*fewer_steps, *others, _named("muon", 4e-2, 8, 0.7, 170, ns_steps=3)]
     if grid == "small":
-        chosen = [("adamw", 1e-2, 8, 0.4, 200), ("muon", 2e-2, 8, 0.4, 75)]
-        return [_named(*each) for each in (*chosen, ("muon", 2e-2, 8, 0.4, 150))]
+        return small
     warmed = [
         _named("muon", lr, batch, 0.4, thousands)
         for thousands in (50, 60, 70, 80, 125, 150, 175, 200)
         for lr, batch in ((2e-2, 4), (4e-2, 4), (4e-2, 8), (4e-2, 2))
     ]
     alone = [_named("muon", 4e-2, 4, 0.0, thousands) for thousands in (70, 150, 175)]
-    fewer_steps = [
-        _named("muon", lr, batch, 0.4, thousands, ns_steps=3)
-        for lr, batch, horizons in (
-            (2e-2, 4, (40, 50, 60, 165, 175, 185)),
-            (4e-2, 8, (50, 60, 180, 190, 200)),
-        )
-        for thousands in horizons
+    larger_batch = [
+        _named("muon", 4e-2, 8, 0.7, thousands, ns_steps=3) for thousands in (50, 60, 190)
     ]
-    by_adamw = [_named("adamw", 1e-2, 4, 0.4, thousands) for thousands in (100, 225)]
-    return [*warmed, *alone, *by_adamw, *fewer_steps]
+    by_adamw = [_named("adamw", 1e-2, batch, 0.4, n) for n in (100, 225) for batch in (2, 4)]
+    return [*small, *larger_batch, *warmed, *alone, *by_adamw]
 
 
 def _named(
     optimizer: str, lr: float, batch: int, ramp: float, thousands: int, ns_steps: int = 5
 ) -> Recipe:
     name = optimizer if ns_steps == 5 else f"{optimizer} ({ns_steps} steps)"
-    warmup = " + sequence warm-up" if ramp else ""
+    warmup = f" + sequence warm-up over {ramp:.0%}" if ramp else ""
     return _recipe(
         f"{name} {lr:g}, batch {batch}{warmup}, {thousands}k tokens",
         ns_steps=ns_steps,

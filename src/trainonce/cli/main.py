@@ -48,6 +48,7 @@ class _Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse; what is left over is refused here, where the help is that of the command."""
+        namespace = argparse.Namespace() if namespace is None else namespace
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             hint = f"see `{self.prog} --help`"

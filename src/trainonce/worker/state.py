@@ -27,6 +27,7 @@ from trainonce.errors import ConfigError, StateError, StateMismatchError
 from trainonce.wire import encoding
 from trainonce.worker.copies import copy_tree
 from trainonce.worker.hooks import HookStates
+from trainonce.worker.modes import Modes
 from trainonce.worker.optimizers import OptimizerStates
 from trainonce.worker.shards import (
     describe_split,
@@ -93,6 +94,14 @@ class Protected:
         self.replicas: tuple[int, ...] | None = None
         """Ranks that hold the same names and shapes; None for all."""
         self._local = _running_statistics(self.modules)
+        self.modes = Modes(
+            (
+                (f"{name}.{path}", each)
+                for name, module in self.modules.items()
+                for path, each in module.named_modules()
+            ),
+            self._parameters,
+        )
         # Read for every parameter in every step.
         split = any(local_of(tensor) is not tensor for _, tensor in self._parameters)
         self._version_of: Callable[[torch.Tensor], int] = (
@@ -419,6 +428,7 @@ class Protected:
                     buffer.copy_(kept)
         self._kept_buffers = []
         self._buffer_versions = self._versions(self._buffers)
+        self.modes.return_to_commit()
         now, small = self.copy_small(), self._small
         differing = {
             kind: {

@@ -87,6 +87,7 @@ class Variables:
         self._first: Scopes = {}
         self._changed: dict[str, set[str]] = {}
         self._restored: Scopes = {}
+        self._opening: Scopes = {}
         self._last: tuple[Scopes, bytes] = ({}, b"")
         self._is_on = settings.VARIABLES.get() != "0"
         self._left_out: set[str] = set()
@@ -154,20 +155,27 @@ class Variables:
         large = (id(value), len(value))
         return self._large.setdefault((key, name), large) != large
 
-    def restore(self, data: bytes | memoryview) -> None:
-        """Remember what a predecessor took, for `assign`."""
+    def restore(self, data: bytes | memoryview, opening: bytes | memoryview = b"") -> None:
+        """Remember what a predecessor took, for `assign`.
+
+        Args:
+            data: At the last commit.
+            opening: Where the first step of that iteration was called, if that was another one.
+        """
         self._restored, self.missing = encoding.decode(data) if len(data) else ({}, [])
+        self._opening = encoding.decode(opening)[0] if len(opening) else self._restored
 
     def anticipate(self, frame: FrameType) -> None:
         """Give variables their values already where an iteration begins that holds the commit.
 
-        `total += step()` reads `total` before it calls: what `assign` does then comes too late.
+        `total += step()` reads `total` before it calls: what `assign` does then comes too late. And
+        whether the script comes to the step of the commit at all may depend on them.
 
         Args:
             frame: Of the loop, or of what it calls.
         """
-        for key, _, scope in self._look(frame) if self._is_on and self._restored else ():
-            for name, value in self._restored.get(key, {}).items():
+        for key, _, scope in self._look(frame) if self._is_on and self._opening else ():
+            for name, value in self._opening.get(key, {}).items():
                 scope.values[name] = assign_tree(scope.values.get(name), copy_tree(value))
             scope.write()
 
@@ -187,7 +195,7 @@ class Variables:
             for name, value in wanted.items():
                 scope.values[name] = assign_tree(scope.values.get(name), value)
             scope.write()
-        self._restored = {}
+        self._restored = self._opening = {}
 
 
 def counters_of(items: Iterator[Any]) -> list[enumerate[Any]]:
@@ -266,7 +274,7 @@ def _scopes(frame: FrameType) -> Iterator[tuple[str, _Scope]]:
 
 
 def _objects(values: dict[str, Any], deep: int = 3) -> list[tuple[str, Any]]:
-    """Return objects of the user's own classes among `values`, in dicts there, and in these."""
+    """Return objects of the user's own classes among `values`, in containers there and these."""
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
         kind = _kinds.get(type(value)) or _learn(type(value))
@@ -276,6 +284,10 @@ def _objects(values: dict[str, Any], deep: int = 3) -> list[tuple[str, Any]]:
             inside = vars(value)
         elif type(value) is dict and len(value) <= _MOST_OBJECTS:
             inside = value
+        elif type(value) in (list, tuple) and 0 < len(value) <= _MOST_OBJECTS:
+            first = type(value[0])  # of one kind, as callbacks and metrics are
+            if (_kinds.get(first) or _learn(first)) is _Kind.OBJECT:
+                inside = dict(enumerate(value))
         if deep and inside and len(found) < _MOST_OBJECTS:
             found += [(f"{name}.{inner}", each) for inner, each in _objects(inside, deep - 1)]
     return found[:_MOST_OBJECTS]

@@ -94,6 +94,7 @@ class Protected:
         self.replicas: tuple[int, ...] | None = None
         """Ranks that hold the same names and shapes; None for all."""
         self._local = _running_statistics(self.modules)
+        self.states.settle()
         self.modes = Modes(
             (
                 (f"{name}.{path}", each)
@@ -286,7 +287,10 @@ class Protected:
             }
         )
         splits = {name: describe_split(t) for name, t in self.states.tensors()}
+        names = {parameter: name for name, parameter in self._parameters}
+        groups = (self._small if small is None else small)["groups"]
         return {
+            "added": self.states.added_groups(names, groups),
             "layout": [
                 [name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
                 for name, t in image.tensors
@@ -305,6 +309,7 @@ class Protected:
         """
         small = encoding.decode(base64.b64decode(record["small"]))
         self._local = set(small["local"])
+        self.states.add_groups(record.get("added", {}), dict(self._parameters))
         self.load_small(small)
         self.states.load_scalars(small["scalars"])
         mine = {name: local_of(tensor) for name, tensor in (*self._parameters, *self._buffers)}
@@ -429,6 +434,7 @@ class Protected:
         self._kept_buffers = []
         self._buffer_versions = self._versions(self._buffers)
         self.modes.return_to_commit()
+        self.states.let_groups_be_added()
         now, small = self.copy_small(), self._small
         differing = {
             kind: {

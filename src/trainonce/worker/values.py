@@ -77,9 +77,11 @@ class Lost:
                 return type(value)(map(plain, value))
             return torch.tensor(math.nan) if value is LOST else value
 
-        result = function(
-            *plain(args), **{key: plain(each) for key, each in (kwargs or {}).items()}
-        )
+        named = {key: plain(each) for key, each in (kwargs or {}).items()}
+        try:
+            result = function(*plain(args), **named)
+        except RuntimeError as error:  # a sum of integers in place: it becomes a NaN, not in place
+            raise TypeError(f"{_WENT_DOWN}: {error}") from error
         if isinstance(result, torch.Tensor) and result.requires_grad:
             raise StepError(f"{_WENT_DOWN}, and a step computes with it", hint=_REMEDY)
         return result

@@ -203,12 +203,12 @@ class OptimizerStates:
 
 
 def _adding_once(optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], None]:
-    def add_param_group(group: dict[str, Any]) -> None:
-        wanted = group["params"]
+    def add_param_group(param_group: dict[str, Any]) -> None:
+        wanted = param_group["params"]
         members = [wanted] if isinstance(wanted, torch.Tensor) else list(wanted)
         known = set(_parameters_of(optimizer))
         if not known.issuperset(members):
-            type(optimizer).add_param_group(optimizer, {**group, "params": members})
+            type(optimizer).add_param_group(optimizer, {**param_group, "params": members})
 
     return add_param_group
 

@@ -287,7 +287,7 @@ def _objects(values: dict[str, Any], deep: int = 3) -> list[tuple[str, Any]]:
         elif type(value) in (list, tuple) and 0 < len(value) <= _MOST_OBJECTS:
             first = type(value[0])  # of one kind, as callbacks and metrics are
             if (_kinds.get(first) or _learn(first)) is _Kind.OBJECT:
-                inside = dict(enumerate(value))
+                inside = {str(index): each for index, each in enumerate(value)}
         if deep and inside and len(found) < _MOST_OBJECTS:
             found += [(f"{name}.{inner}", each) for inner, each in _objects(inside, deep - 1)]
     return found[:_MOST_OBJECTS]

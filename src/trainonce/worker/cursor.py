@@ -63,6 +63,10 @@ class Cursor:
         """Return the position of the innermost open iteration."""
         return tuple(part for loop in self._stack[1:] for part in (loop.ordinal, loop.iteration))
 
+    def place(self) -> Position:
+        """Return the position that the next section call would have."""
+        return (*self.prefix(), self._stack[-1].units)
+
     def enter_section(self) -> Position:
         """Return the position of a section call that begins now."""
         return (*self.prefix(), self._next_unit())

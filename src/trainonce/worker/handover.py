@@ -371,7 +371,7 @@ class Handover:
         rehearsed = 0
         image = runner.protected.image()
         small = runner.protected.copy_small()
-        hooks = copy_tree(runner.protected.hooks.read())
+        hooks, modes = copy_tree(runner.protected.hooks.read()), runner.protected.modes.read()
         runner.rehearsing = True
         try:
             batch = sample()
@@ -394,5 +394,6 @@ class Handover:
             runner.protected.restore(image)
             runner.protected.load_small(small)
             runner.protected.hooks.load(hooks)
+            runner.protected.modes.load(modes)
             runner.rehearsing = False
         return rehearsed

@@ -32,14 +32,35 @@ class KeptValues:
         self._refused = refused
         self._values: dict[Position, tuple[bool, Any]] = {}
         self._encoded: dict[Position, bytes] = {}
+        self._commits: dict[Position, int] = {}
 
     def get(self, position: Position) -> tuple[bool, Any]:
         """Return (whether it is known, the value, or its outline where it is not)."""
         return self._values.get(position, (False, None))
 
-    def add(self, position: Position, value: Any, is_live: Callable[[Position], bool]) -> None:
-        """Keep `value`; forget those that nobody can ask for any more."""
+    def commits_before(self, place: Position) -> int | None:
+        """Return how many steps were committed where the script was at `place`, if it is known."""
+        ahead = [count for at, count in self._commits.items() if at >= place]
+        return min(ahead) - 1 if ahead else None
+
+    def add(
+        self,
+        position: Position,
+        value: Any,
+        is_live: Callable[[Position], bool],
+        commits: int | None = None,
+    ) -> None:
+        """Keep `value`; forget those that nobody can ask for any more.
+
+        Args:
+            position: Of the step, or of the collective.
+            value: What it gave.
+            is_live: Whether a newcomer may come to a position again.
+            commits: Committed steps with this one.
+        """
         self._values[position] = (True, value)
+        if commits is not None:
+            self._commits[position] = commits
         steps: list[Position] = []
         results: list[Position] = []
         dead: list[Position] = []
@@ -48,6 +69,7 @@ class KeptValues:
         for each in (*dead, *steps[:-_MOST], *results[:-MOST_RESULTS]):
             del self._values[each]
             self._encoded.pop(each, None)
+            self._commits.pop(each, None)
 
     def encode(self, latest: Position | None, means: list[LazyMean]) -> list[bytes]:
         """Return all values, encoded.
@@ -71,23 +93,27 @@ class KeptValues:
     def _encode_one(
         self, position: Position, known: bool, value: Any, means: list[LazyMean]
     ) -> bytes:
+        commits = self._commits.get(position)
         try:
-            return encoding.encode([position, known, pack_value(value, means)])
+            return encoding.encode([position, known, pack_value(value, means), commits])
         except EncodingError as error:
             self._refused(error)
-            return encoding.encode([position, False, outline(value)])
+            return encoding.encode([position, False, outline(value), commits])
 
     def restore(self, encoded: Iterable[memoryview], means: list[LazyMean]) -> None:
         """Take over what `encode` returned in another process."""
         self._encoded.clear()
-        self._values = {}
+        self._values, self._commits = {}, {}
         for data in encoded:
-            position, known, value = encoding.decode(data)
+            position, known, value, *rest = encoding.decode(data)
             self._values[position] = (known, unpack_value(value, means))
+            if rest and rest[0] is not None:  # checkpoints of before have none
+                self._commits[position] = rest[0]
 
-    def expect(self, position: Position, shape: Any) -> None:
-        """Know the step at `position`; its value is lost unless it is among the restored."""
+    def expect(self, position: Position, shape: Any, commits: int) -> None:
+        """Know the last commit at `position`; its value is lost unless it is among the restored."""
         self._values.setdefault(position, (False, shape))
+        self._commits[position] = commits
 
 
 def join(parts: list[bytes]) -> bytes:

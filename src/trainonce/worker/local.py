@@ -79,6 +79,7 @@ class LocalState:
         self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
         self.variables = Variables()
         self._variables = b""
+        self._opening: tuple[Position, bytes] | None = None
 
     # ------------------------------------------------------------------ publishing
 
@@ -111,9 +112,34 @@ class LocalState:
         if final:
             self.payload, self._payload_commits = payload, commits
 
-    def take_variables(self, caller: FrameType) -> None:
-        """Take the script's variables around the call of a step, for the next publication."""
+    def take_variables(self, caller: FrameType, position: Position | None = None) -> None:
+        """Take the script's variables around the call of a step, for the next publication.
+
+        Args:
+            caller: Where the step is called.
+            position: Of a step that begins.
+        """
         self._variables = self.variables.take(caller)
+        if position is not None and self._opening is None:
+            self._opening = (position, self._variables)
+
+    def begin_iteration(self) -> None:
+        """Note that the next step is the first of an iteration."""
+        self._opening = None
+
+    @property
+    def opening(self) -> Position | None:
+        """Position of the first step of the present iteration."""
+        return None if self._opening is None else self._opening[0]
+
+    def snapshot(self, protected: Protected) -> bytes:
+        """Return what tells whether a step goes on to change local state."""
+        kept = {
+            "state": self.user,
+            "buffers": protected.local_buffers(),
+            "modes": protected.modes.read(),
+        }
+        return encoding.encode(kept) + self._variables
 
     def note_collective(self, position: Position, op: Op) -> None:
         """Take note of a collective between steps; its result is kept with the next commit."""
@@ -147,9 +173,11 @@ class LocalState:
     ) -> bytes:
         head: dict[str, Any] = {
             "position": position,
+            "opening": (position, b"") if self.opening == position else self._opening,
             "state": self.user,
             "buffers": protected.local_buffers() if protected.has_buffers else {},
             "hooks": protected.hooks.read(),
+            "modes": protected.modes.read(),
             "loops": self._loops.record(),
             "passes": self._passes.record(),
             "means": [mean.local for mean in means],
@@ -237,17 +265,19 @@ class LocalState:
             The means of its last step.
         """
         head, variables, *values = split(payload)
-        self.variables.restore(variables)
-        self._variables = bytes(variables)
         record = encoding.decode(head)
+        self._opening = record.get("opening")
+        self.variables.restore(variables, self._opening[1] if self._opening else b"")
+        self._variables = bytes(variables)
         means = [LazyMean(local) for local in record["means"]]
         self._cursor.committed = record["position"]
         self._cursor.behind = record["position"] is not None
         self.values.restore(values, means)
         if record["position"] is not None:
-            self.values.expect(record["position"], returned or record["returns"])
+            self.values.expect(record["position"], returned or record["returns"], commits)
         assign_tree(self.user, record["state"])
         protected.load_local_buffers(record["buffers"])
+        protected.modes.load(record.get("modes", {}))
         if record.get("hooks"):  # checkpoints of before have none
             protected.hooks.load(record["hooks"])
         self._loops.restore(record["loops"])

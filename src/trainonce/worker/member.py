@@ -19,7 +19,7 @@ from trainonce.wire.progress import Phase
 from trainonce.worker import spare, torch_private
 from trainonce.worker.agreement import compare_layouts
 from trainonce.worker.durable import Command, Durable
-from trainonce.worker.group import BACKEND, OnceGroup
+from trainonce.worker.group import BACKEND, OnceGroup, OnceWork
 from trainonce.worker.handover import Handover
 from trainonce.worker.runner import leave
 from trainonce.worker.shadow import check_redundancy
@@ -137,6 +137,8 @@ class Member:
             rank = self._promotion.park("rank")
             return members.index(rank)
 
+        torch_private.hide_from_compiler(OnceGroup)
+        torch_private.hide_from_compiler(OnceWork)
         first = 0 if not self._promotion.done else members.index(self._promotion.rank)
         return OnceGroup(
             fabric,

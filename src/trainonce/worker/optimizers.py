@@ -15,7 +15,7 @@ from trainonce.worker.shards import keeps_a_part, owned_by, restore_split, state
 from trainonce.worker.torch_private import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 # The parameters themselves, and names that torch keeps beside them.
 _NOT_VALUES = ("params", "param_names")
@@ -40,6 +40,7 @@ class OptimizerStates:
         self._optimizers = optimizers
         # State of a rehearsal: its memory is mapped, which takes longer than to fill it.
         self._warm: dict[torch.Tensor, dict[str, Any]] = {}
+        self._settled: dict[str, int] = {}
 
     def _entries(self) -> Iterator[tuple[str, Any]]:
         for name, optimizer in self._optimizers.items():
@@ -162,6 +163,54 @@ class OptimizerStates:
         for name, found in groups.items():
             for group, values in zip(self._optimizers[name].param_groups, found, strict=True):
                 group.update(copy_tree(values))
+
+    def settle(self) -> None:
+        """Take note of the groups that the set-up makes; others are added on the way."""
+        self._settled = {name: len(each.param_groups) for name, each in self._optimizers.items()}
+
+    def added_groups(
+        self, names: Mapping[torch.Tensor, str], groups: Mapping[str, Sequence[Any]]
+    ) -> dict[str, list[list[str]]]:
+        """Return whose parameters the groups hold that were added since the set-up.
+
+        Args:
+            names: Of all parameters.
+            groups: What `groups` returned at the commit: what was added since is left out.
+        """
+        return {
+            name: [[names[each] for each in group["params"]] for group in added]
+            for name, optimizer in self._optimizers.items()
+            if (added := optimizer.param_groups[self._settled[name] : len(groups[name])])
+        }
+
+    def add_groups(
+        self, added: Mapping[str, list[list[str]]], parameters: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Add what `added_groups` returned elsewhere, as far as it is not here.
+
+        Until `let_groups_be_added`, a group of these is passed over when the script adds it again.
+        """
+        for name, groups in added.items():
+            optimizer = self._optimizers[name]
+            for members in groups[len(optimizer.param_groups) - self._settled[name] :]:
+                optimizer.add_param_group({"params": [parameters[each] for each in members]})
+            optimizer.add_param_group = _adding_once(optimizer)
+
+    def let_groups_be_added(self) -> None:
+        """Undo what `add_groups` did to the method that adds groups."""
+        for optimizer in self._optimizers.values():
+            vars(optimizer).pop("add_param_group", None)
+
+
+def _adding_once(optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], None]:
+    def add_param_group(param_group: dict[str, Any]) -> None:
+        wanted = param_group["params"]
+        members = [wanted] if isinstance(wanted, torch.Tensor) else list(wanted)
+        known = set(_parameters_of(optimizer))
+        if not known.issuperset(members):
+            type(optimizer).add_param_group(optimizer, {**param_group, "params": members})
+
+    return add_param_group
 
 
 def _owner_of(name: str) -> str:

@@ -70,6 +70,12 @@ class Replay:
         """A loop of ours begins an iteration in `frame`."""
         if self._cursor.behind:
             self._local.variables.anticipate(frame)
+        else:
+            self._local.begin_iteration()
+
+    def commits(self) -> int | None:
+        """Return how many steps were committed when the script was here first, if it is known."""
+        return self._local.values.commits_before(self._cursor.place())
 
     # ------------------------------------------------------------------ steps
 
@@ -83,6 +89,8 @@ class Replay:
         known, value = self._local.values.get(position)
         if position != self._cursor.committed:
             self._local.variables.begin(caller)
+            if position == self._local.opening:
+                self._local.variables.anticipate(caller)
             self._passes.skip_step()
         elif self._cursor.behind:
             commits = self.finish(caller)

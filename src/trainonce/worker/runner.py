@@ -146,6 +146,15 @@ class Runner:
         return self.promotion.rank
 
     @property
+    def step_index(self) -> int:
+        """Committed steps; as the script found it, where it goes once more through committed ones.
+
+        What is done every so many steps is then done in the same iterations.
+        """
+        before = self.replay.commits() if self.replay.is_under_way else None
+        return self.commits if before is None else before
+
+    @property
     def executing(self) -> bool:
         """Whether a step is under way."""
         return self.execution is not None
@@ -293,7 +302,7 @@ class Runner:
             self.replay.finish(execution.caller)
         self.injector.at("between")
         self.protected.check_unchanged()
-        self.local.take_variables(execution.caller)
+        self.local.take_variables(execution.caller, execution.position)
         seed_section(self.seed, self.rank, self.commits, self._calls)
         if self.fabric is not None:
             execution.operations_before = self.fabric.num_issued()
@@ -358,6 +367,35 @@ class Runner:
             returns=execution.profile.returns,
         )
         execution.published = True
+        self._take_snapshot(execution)
+
+    def _take_snapshot(self, execution: Execution) -> None:
+        if execution.profile.kind is UpdateKind.UNKNOWN:
+            assert self.protected is not None
+            execution.snapshot = self.local.snapshot(self.protected)
+
+    def _learn_what_changes_late(self, execution: Execution) -> None:
+        """Find out, in the first execution, whether local state changes after the last collective.
+
+        A process that dies between that and the commit would take the change with it. So from then
+        on all ranks publish at the end, and wait for each other before they commit. Whether they
+        do must be known to all, and `run.state` may change on one of them only.
+        """
+        fabric, protected = self.fabric, self.protected
+        assert fabric is not None
+        assert protected is not None
+        self.local.take_variables(execution.caller)
+        changes = execution.snapshot not in (None, self.local.snapshot(protected))
+        votes = torch.tensor(int(changes))
+        self._meeting = fabric.settling = True
+        try:
+            dist.all_reduce(votes)
+        finally:
+            self._meeting = fabric.settling = False
+        execution.operations_before += 1  # not one of the step's own
+        if votes.item() > 0:
+            execution.profile.changes_late = True
+            execution.kind = max(execution.kind, UpdateKind.LATE)
 
     def _publish_together(self, execution: Execution) -> None:
         """Where nothing was published ahead of the last collective, wait until all ranks have.
@@ -366,7 +404,7 @@ class Runner:
         DDP. Otherwise one could commit while another, which has published nothing, dies.
         """
         if self.fabric is not None and self.world_size > 1 and not execution.published:
-            self._publish_ahead(execution)
+            self._publish_ahead(execution, looks=not execution.profile.changes_late)
             self.barrier()
 
     def _before_update(self) -> None:
@@ -376,6 +414,9 @@ class Runner:
         assert self.protected is not None
         self.injector.at("reduced")
         if not execution.stepped:
+            self._take_snapshot(execution)
+            if execution.profile.changes_late:
+                self.protected.note_local_buffers()
             self.shadow.wait()
             kind = execution.profile.kind
             if self.fabric is not None and self._completes_together(execution):
@@ -410,9 +451,16 @@ class Runner:
         if self.fabric is not None and self.world_size > 1:
             # Bounds how far ranks drift apart, and lets the log of the step before go.
             self.shadow.wait()
+            if execution.profile.kind is UpdateKind.UNKNOWN:
+                self._learn_what_changes_late(execution)
+            late = execution.profile.changes_late
+            if late:
+                self.local.take_variables(execution.caller)
             if self._completes_together(execution):
                 while not execution.agreed or execution.meets_again:
                     self._meet(execution, last=True)
+            elif late:
+                execution.published = False
             elif not self.fabric.spanned():
                 self.barrier()
             self._publish_together(execution)
@@ -479,7 +527,7 @@ class Runner:
             self.durable.adopt(self.durable.read_poll())
         self.cursor.committed = position
         self.means.commit(execution.means)
-        self.local.values.add(position, value, self.cursor.is_live)
+        self.local.values.add(position, value, self.cursor.is_live, self.commits + 1)
         if not execution.stepped and self.protected.parameters_changed():
             execution.kind = UpdateKind.OPAQUE
         if self.fabric is not None:

@@ -28,7 +28,7 @@ class _Layout(NamedTuple):
     Attributes:
         plain: Names of those that may be plain values.
         measured: The ones among them that are no numbers, with what measures them.
-        leading: Names of the user's own objects, and of dicts, which may hold some.
+        leading: Names of the user's own objects, and of containers, which may hold some.
     """
 
     plain: list[str]
@@ -41,7 +41,7 @@ def _layout(names: tuple[str, ...], kinds: tuple[type, ...]) -> _Layout:
     layout = _Layout([], [], [])
     for name, kind in zip(names, kinds, strict=True):
         measure = measures[kind]
-        if measure is own_object or kind is dict:
+        if measure is own_object or kind in (dict, list, tuple):
             layout.leading.append(name)
         if measure not in (not_plain, own_object) and name[:2] != "__":
             layout.plain.append(name)
@@ -74,7 +74,7 @@ class Scope:
         return {name: seen[name] for name in self._layout.plain}, self._layout.measured
 
     def leading(self) -> list[tuple[str, Any]]:
-        """Return the objects of the user's own classes, and dicts, by name."""
+        """Return the objects of the user's own classes, and containers, by name."""
         return [(name, self._seen[name]) for name in self._layout.leading]
 
     def write(self) -> None:
@@ -113,7 +113,7 @@ def scopes(frame: FrameType) -> Iterator[Scope]:
 
 
 def _objects(key: str, leading: Iterable[tuple[str, Any]], deep: int = 3) -> list[Scope]:
-    """Return the scopes of objects among `leading`, in dicts there, and in these."""
+    """Return the scopes of objects among `leading`, in containers there, and in these."""
     found: list[Scope] = []
     for name, value in leading:
         inner = f"{key}.{name}"
@@ -124,6 +124,9 @@ def _objects(key: str, leading: Iterable[tuple[str, Any]], deep: int = 3) -> lis
             inside = scope.leading()
         elif type(value) is dict and len(value) <= _MOST_OBJECTS:
             inside = list(value.items())
+        elif type(value) in (list, tuple) and 0 < len(value) <= _MOST_OBJECTS:
+            if measures[type(value[0])] is own_object:  # of one kind, as callbacks and metrics are
+                inside = [(str(index), each) for index, each in enumerate(value)]
         if deep and inside and len(found) < _MOST_OBJECTS:
             found += _objects(inner, inside, deep - 1)
     return found[:_MOST_OBJECTS]

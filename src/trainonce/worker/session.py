@@ -120,7 +120,7 @@ class Run:
     @property
     def step_index(self) -> int:
         """Number of committed steps."""
-        return self._runner.commits
+        return self._runner.step_index
 
     @property
     def rehearsing(self) -> bool:

@@ -27,6 +27,7 @@ from trainonce.errors import ConfigError, StateError, StateMismatchError
 from trainonce.wire import encoding
 from trainonce.worker.copies import copy_tree
 from trainonce.worker.hooks import HookStates
+from trainonce.worker.modes import Modes
 from trainonce.worker.optimizers import OptimizerStates
 from trainonce.worker.shards import (
     describe_split,
@@ -95,6 +96,15 @@ class Protected:
         self.replicas: tuple[int, ...] | None = None
         """Ranks that hold the same names and shapes; None for all."""
         self._local = _running_statistics(self.modules)
+        self.states.settle()
+        self.modes = Modes(
+            (
+                (f"{name}.{path}", each)
+                for name, module in self.modules.items()
+                for path, each in module.named_modules()
+            ),
+            self._parameters,
+        )
         # Read for every parameter in every step.
         split = any(local_of(tensor) is not tensor for _, tensor in self._parameters)
         self._version_of: Callable[[torch.Tensor], int] = (
@@ -279,7 +289,10 @@ class Protected:
             }
         )
         splits = {name: describe_split(t) for name, t in self.states.tensors()}
+        names = {parameter: name for name, parameter in self._parameters}
+        groups = (self._small if small is None else small)["groups"]
         return {
+            "added": self.states.added_groups(names, groups),
             "layout": [
                 [name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
                 for name, t in image.tensors
@@ -298,6 +311,7 @@ class Protected:
         """
         small = encoding.decode(base64.b64decode(record["small"]))
         self._local = set(small["local"])
+        self.states.add_groups(record.get("added", {}), dict(self._parameters))
         self.load_small(small)
         self.states.load_scalars(small["scalars"])
         mine = {name: local_of(tensor) for name, tensor in (*self._parameters, *self._buffers)}
@@ -429,6 +443,8 @@ class Protected:
                     buffer.copy_(kept)
         self._kept_buffers = []
         self._buffer_versions = self._versions(self._buffers)
+        self.modes.return_to_commit()
+        self.states.let_groups_be_added()
         now, small = self.copy_small(), self._small
         differing = {
             kind: {

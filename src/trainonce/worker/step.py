@@ -44,6 +44,8 @@ class StepProfile:
     """Fewest collectives that an execution issued: the last one is not before that many."""
     returns: Any = None
     """Outline of what it returned last."""
+    changes_late: bool = False
+    """Whether some rank's local state still changes after the last collective, on any rank."""
 
 
 class StepProfiles:
@@ -61,13 +63,17 @@ class StepProfiles:
 
     def to_record(self) -> list[list[Any]]:
         """Return what a newcomer must know, as plain values."""
-        return [[key, int(p.kind), p.fewest_operations] for key, p in self._known.items()]
+        return [
+            [key, int(p.kind), p.fewest_operations, p.changes_late]
+            for key, p in self._known.items()
+        ]
 
     def load(self, record: list[list[Any]]) -> None:
         """Take over what another rank knows."""
-        for key, kind, fewest in record:
+        for key, kind, fewest, late in record:
             profile = self._known.setdefault(key, StepProfile())
             profile.kind, profile.fewest_operations = UpdateKind(kind), fewest
+            profile.changes_late = late
 
 
 @dataclass
@@ -87,6 +93,8 @@ class Execution:
     """Until the last collective was issued, less what was waited for others."""
     published: bool = False
     """Local state for its commit is in the mirror."""
+    snapshot: bytes | None = None
+    """Of the local state that is in the mirror, in the first execution."""
     stepped: bool = False
     """An optimizer has taken its step."""
     agreed: bool = False

@@ -24,6 +24,10 @@ exchange before their first pass, within the first call of `step`, and again whe
 changes between training and evaluation. A process that joins later does so when the others
 do not, so that part, `_initialize_pp_stages`, is surrounded. Schedules are counted where they are
 made, in `_PipelineSchedule.__init__`.
+
+While a compiled model runs, torch.compile takes every Python frame for one to compile, those of our
+group that C++ calls included: so when a compiled DDP orders its buckets. `set_code_exec_strategy`
+tells it which to leave alone, without importing the compiler as `torch.compiler.disable` does.
 """
 
 from __future__ import annotations
@@ -38,6 +42,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.autograd.graph
 import torch.distributed.distributed_c10d as c10d
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -54,6 +63,16 @@ _BACKWARD = torch.autograd.graph._engine_run_backward.__code__
 _DDP_BUFFERS = DistributedDataParallel._sync_buffers.__code__
 # A collective of DDP's own is at most this many Python frames above us.
 _MAX_FRAMES = 14
+
+
+@functools.cache
+def hide_from_compiler(kind: type) -> None:
+    """Let the methods of `kind`, and what they call, run as they are in a compiled model."""
+    strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    for base in kind.__mro__:
+        for each in vars(base).values():
+            if base.__module__.startswith("trainonce.") and hasattr(each, "__code__"):
+                set_code_exec_strategy(each.__code__, strategy)
 
 
 def _find(code: Any) -> FrameType | None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final, final
 
+from trainonce.errors import StepError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+_WENT_DOWN = "trainonce.LOST stands for what a step returned whose process died after its update"
+_REMEDY = "what later steps need of a step belongs in run.state, set in that step"
 
 
 @final
@@ -16,7 +22,8 @@ class Lost:
     The step itself is not lost: its update is in the parameters. So that logging code goes on,
     it is a NaN in arithmetic, comparisons and formats, its elements are LOST, it is empty when
     iterated over, and `detach()`, `cpu()`, `to(…)`, `mean()`, `sum()` and `clone()` return
-    it. Where steps return a tuple or a dict, each of its elements is LOST instead.
+    it. Functions of torch take it as a NaN without dimensions. Where steps return a tuple or
+    a dict, each of its elements is LOST instead.
     """
 
     _instance: Lost | None = None
@@ -50,6 +57,34 @@ class Lost:
 
     def __reduce__(self) -> str:
         return "LOST"
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{_WENT_DOWN}, and has no {name!r}: {_REMEDY}")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Take part in functions of torch as the NaN that it is.
+
+        Raises:
+            StepError: In one by which something is trained: all would be NaN from then on.
+        """
+        import torch
+
+        def plain(value: Any) -> Any:
+            if type(value) in (list, tuple):
+                return type(value)(map(plain, value))
+            return torch.tensor(math.nan) if value is LOST else value
+
+        named = {key: plain(each) for key, each in (kwargs or {}).items()}
+        try:
+            result = function(*plain(args), **named)
+        except RuntimeError as error:  # a sum of integers in place: it becomes a NaN, not in place
+            raise TypeError(f"{_WENT_DOWN}: {error}") from error
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            raise StepError(f"{_WENT_DOWN}, and a step computes with it", hint=_REMEDY)
+        return result
 
     def item(self) -> float:
         """Return NaN, as a tensor's `item` would return a number."""

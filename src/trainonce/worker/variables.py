@@ -63,6 +63,7 @@ class Variables:
         self._names: list[Any] = []
         """Of what was taken, and of what is too large for that."""
         self._restored: dict[str, dict[str, Any]] = {}
+        self._opening: dict[str, dict[str, Any]] = {}
         self._is_on = settings.VARIABLES.get() != "0"
         self._left_out: set[str] = set()
         self._large: dict[tuple[str, str], tuple[int, int]] = {}
@@ -124,20 +125,27 @@ class Variables:
         large = (id(value), len(value))
         return self._large.setdefault((key, name), large) != large
 
-    def restore(self, data: bytes | memoryview) -> None:
-        """Remember what a predecessor took, for `assign`."""
+    def restore(self, data: bytes | memoryview, opening: bytes | memoryview = b"") -> None:
+        """Remember what a predecessor took, for `assign`.
+
+        Args:
+            data: At the last commit.
+            opening: Where the first step of that iteration was called, if that was another one.
+        """
         self._restored, self.missing = encoding.decode(data) if len(data) else ({}, [])
+        self._opening = encoding.decode(opening)[0] if len(opening) else self._restored
 
     def anticipate(self, frame: FrameType) -> None:
         """Give variables their values already where an iteration begins that holds the commit.
 
-        `total += step()` reads `total` before it calls: what `assign` does then comes too late.
+        `total += step()` reads `total` before it calls: what `assign` does then comes too late. And
+        whether the script comes to the step of the commit at all may depend on them.
 
         Args:
             frame: Of the loop, or of what it calls.
         """
-        for scope, _ in self._look(frame) if self._is_on and self._restored else ():
-            for name, value in self._restored.get(scope.key, {}).items():
+        for scope, _ in self._look(frame) if self._is_on and self._opening else ():
+            for name, value in self._opening.get(scope.key, {}).items():
                 scope.values[name] = assign_tree(scope.values.get(name), copy_tree(value))
             scope.write()
 
@@ -157,4 +165,4 @@ class Variables:
             for name, value in wanted.items():
                 scope.values[name] = assign_tree(scope.values.get(name), value)
             scope.write()
-        self._restored = {}
+        self._restored = self._opening = {}

@@ -66,6 +66,24 @@ def test_variables_of_the_script_come_along(calm, shaken, faults):
 @pytest.mark.parametrize(
     "faults",
     [
+        # Lost where an evaluation is the last commit, and right after another such loss.
+        ["kill rank=1 step=4 point=begin", "kill rank=1 step=4 point=between",
+         "kill rank=0 step=9 point=begin", "migrate rank=1 step=16"],
+        ["kill rank=0 step=5 point=begin", "kill rank=1 step=13 point=begin",
+         "kill rank=0 step=19 point=begin", "kill rank=1 step=32 point=begin"],
+        ["kill rank=1 step=16 point=begin", "kill rank=0 step=17 point=begin",
+         "kill rank=1 step=20 point=begin", "kill rank=0 step=33 point=begin"],
+    ],
+)  # fmt: skip
+def test_what_is_done_every_few_steps_is_done_in_the_same_ones(calm, shaken, faults):
+    result = shaken("every_few.py", faults=faults)
+    without = calm("every_few.py")
+    assert result.values("variables") == without.values("variables"), result.explain()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
         ["kill rank=0 step=6 point=begin", "kill rank=1 step=11 point=backward"],
         ["kill rank=1 step=8 point=begin", "kill rank=0 step=14 point=begin"],
     ],
@@ -89,3 +107,17 @@ def test_a_schedule_goes_on_in_a_newcomer_without_a_warning(shaken):
     # without ever having stepped its own optimizer.
     result = shaken("scheduled.py", faults=["kill rank=1 step=4 point=commit"], spares=1)
     assert "lr_scheduler.step()" not in result.stderr, result.explain()
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["kill rank=1 step=3 point=updated", "kill rank=0 step=7 point=update"],
+        ["kill rank=0 step=2 point=updated", "kill rank=1 step=6 point=reduced",
+         "migrate rank=1 step=9"],
+    ],
+)  # fmt: skip
+def test_what_a_step_changes_after_its_last_collective_is_kept(calm, shaken, faults):
+    result = shaken("changes_late.py", faults=faults)
+    assert result.values("updates") == {0: 12, 1: 12}, result.explain()
+    assert result.values_lost == 0

@@ -65,3 +65,19 @@ def test_a_rehearsed_spare_passes_on_the_order_of_buckets_that_it_never_needed(s
     )  # fmt: skip
     first, second = (incident.waited_for_spare_s for incident in result.incidents)
     assert first == 0 < second, "the second newcomer is to be one that has not rehearsed"
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["kill rank=1 step=5 point=backward", "kill rank=0 step=7 point=update",
+         "kill rank=1 step=13 point=forward", "kill rank=0 step=18 point=begin"],
+        ["kill rank=0 step=6 point=begin", "kill rank=1 step=12 point=reduced",
+         "migrate rank=0 step=16", "kill rank=1 step=19 point=backward"],
+    ],
+)  # fmt: skip
+def test_what_is_unfrozen_on_the_way_survives_kills(calm, shaken, faults):
+    result = shaken("unfreezes.py", faults=faults)
+    assert result.values("modes")[0] == [False, False, False]
+    for key in ("modes", "groups"):
+        assert result.values(key) == calm("unfreezes.py").values(key), result.explain()

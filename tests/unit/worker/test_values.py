@@ -4,8 +4,10 @@ import copy
 import math
 
 import pytest
+import torch
 
 import trainonce
+from trainonce.errors import StepError
 from trainonce.worker.values import LOST, LazyMean, lost, outline, pack_value, unpack_value
 
 
@@ -24,6 +26,24 @@ def test_lost_lets_logging_go_on():
     assert LOST["loss"][0] is LOST
     assert math.isnan(LOST.detach().cpu().item())
     assert copy.deepcopy([LOST])[0] is LOST
+
+
+def test_lost_is_a_nan_to_functions_of_torch():
+    assert not torch.isfinite(LOST)
+    assert torch.stack([torch.tensor(1.0), LOST]).isnan().tolist() == [False, True]
+    assert (torch.ones(2) * LOST).isnan().all()
+    assert torch.ones(2).add(LOST, alpha=2).isnan().all()
+    correct = torch.tensor(7)
+    correct += LOST
+    assert math.isnan(correct)
+
+
+def test_nothing_is_trained_by_lost():
+    weight = torch.ones(2, requires_grad=True)
+    with pytest.raises(StepError, match="a step computes with it"):
+        weight.mul(LOST)
+    with pytest.raises(AttributeError, match=r"run\.state"):
+        LOST.index_select(0, torch.tensor([1]))
 
 
 def test_a_lost_value_has_the_form_of_the_one_before():

@@ -16,7 +16,6 @@ The bytes, format 1, little-endian::
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import struct
@@ -52,7 +51,7 @@ def encode(value: Any) -> bytes:
     specs: list[list[Any]] = []
     chunks: list[Any] = []
     for tensor in tensors:
-        specs.append([_name_of(tensor.dtype), list(tensor.shape), tensor.device.type])
+        specs.append([str(tensor.dtype)[6:], list(tensor.shape), tensor.device.type])
         raw = _raw(tensor)
         chunks.append(raw)
         if rest := len(raw) % _ALIGN:
@@ -109,16 +108,11 @@ def decode(data: bytes | bytearray | memoryview, *, device: torch.device | str =
         raise EncodingError(f"not an encoded value: {type(error).__name__}: {error}") from error
 
 
-@functools.cache
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _raw(tensor: torch.Tensor) -> bytes | memoryview:
     """Return the bytes of `tensor` in row-major order, without a copy where it is large."""
     if tensor.numel() <= _FEW and tensor.dtype in _IN_NUMPY:
         if tensor.device.type == "cpu" and not tensor.is_neg():
-            return tensor.numpy().tobytes()  # a loss or a count: as good as every step has some
+            return tensor.numpy().tobytes()  # the loss of a step: a view would take longer
     dense = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     # A contiguous tensor of one element may still have any stride, which a view as bytes refuses.
     flat = dense.as_strided((dense.numel(),), (1,))

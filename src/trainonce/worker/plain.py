@@ -41,6 +41,8 @@ def container(value: Any, limit: int) -> int:
     if len(value) > limit:
         return limit + 1
     kind, parts, total = type(value), value, 1
+    if kind is not list and kind is not tuple and torch.Tensor in map(type, value):
+        return -1  # as a key it is found again by identity only
     if issubclass(kind, dict):
         if kind is defaultdict and value.default_factory not in _FACTORIES:
             return -1

@@ -159,6 +159,25 @@ def test_large_ones_are_left_out_and_named_if_they_change():
     assert script(newcomer)[1] == 3
 
 
+def test_what_is_too_large_is_named_though_nothing_else_changes():
+    training = Training()
+    history = list(range(1000))
+    training.call()
+    history.append(0)
+    training.call()
+    assert training.lost().variables.missing == ["history"]
+
+
+def test_what_has_tensors_as_keys_is_passed_over():
+    training = Training()
+    names, seen = {}, set()
+    training.call()
+    names[torch.tensor(1)] = 1
+    training.call()
+    seen.add(torch.tensor(1))
+    training.call()
+
+
 @pytest.mark.parametrize("number", range(508, 516))
 def test_any_kind_may_be_the_one_that_is_too_many(number):
     training = Training()

@@ -120,6 +120,8 @@ def size_of(value, limit):
         raise TooMany
     if getattr(value, "default_factory", None) not in (None, int, float, list, dict, set, str):
         raise NotPlain
+    if kind not in (list, tuple) and torch.Tensor in map(type, value):
+        raise NotPlain
     total = 1
     items = [part for item in value.items() for part in item] if isinstance(value, dict) else value
     for part in items:
@@ -193,6 +195,7 @@ X.add(N)
 X.pop()
 X.clear()
 X.update(k=N, m=Y)
+X[torch.tensor(N)] = N
 X[0] = N
 X[0] += N
 X[0].append(N)

@@ -446,7 +446,7 @@ class Runner:
         if not self._commits_now(execution):
             self._calls += 1
             self.execution = None
-            self.telemetry.enter(Phase.BETWEEN)
+            self.telemetry.leave_step()
             return value
         if self.fabric is not None and self.world_size > 1:
             # Bounds how far ranks drift apart, and lets the log of the step before go.

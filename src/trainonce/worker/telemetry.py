@@ -79,9 +79,13 @@ class Telemetry:
         page["step_ns"] = time.monotonic_ns() - execution.begun_mono_ns
         page["busy_ns"] = execution.busy_ns or page["step_ns"]
         page["loader_ns"] = self._loops.take_waited_ns()
-        page["section_mono_ns"] = 0
         page["loss_bits"] = _scalar_bits(value)
         page["commits"] = commits
+        self.leave_step()
+
+    def leave_step(self) -> None:
+        """Say that the script goes on after a step."""
+        self._page["section_mono_ns"] = 0
         self.enter(Phase.BETWEEN)
 
 

@@ -100,6 +100,7 @@ def test_ranks_that_leave_a_loop_at_different_times_are_told_so(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 1
     assert "whose script ended after 6 steps" in result.stderr, result.explain()
+    assert [incident.cause for incident in result.incidents] == ["signal"], result.explain()
 
 
 def test_a_schedule_goes_on_in_a_newcomer_without_a_warning(shaken):

@@ -8,46 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from torch.utils.flop_counter import FlopCounterMode
 
 from trainonce.errors import ConfigError
 from trainonce.levers.base import LeverInfo, describes
-from trainonce.levers.batches import tensors
-from trainonce.levers.flops import FORMULAS
+from trainonce.levers.block_costs import DEAR, FULL, KEEP, SELECTIVE, BlockCost, measure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
-
-KEEP, SELECTIVE, FULL = "keep", "selective", "full"
-_aten = torch.ops.aten
-# What is dear to compute a second time: these results are kept where recomputing is selective.
-_DEAR = {
-    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
-    _aten.linear.default, _aten.convolution.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockCost:
-    """What one block keeps for the backward pass, and what it costs not to.
-
-    Args:
-        kept_bytes: Activations it keeps, by mode.
-        extra_flops: FLOPs computed a second time, by mode.
-    """
-
-    kept_bytes: dict[str, int]
-    extra_flops: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +96,6 @@ def recompute(
     modes = choose(costs, limit)
     kept = sum(cost.kept_bytes[mode] for cost, mode in zip(costs, modes, strict=True))
     extra = sum(cost.extra_flops[mode] for cost, mode in zip(costs, modes, strict=True))
-    undo = [_put(block, mode) for block, mode in zip(blocks, modes, strict=True)]
-
-    def remove() -> None:
-        for each in undo:
-            each()
-
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in (KEEP, SELECTIVE, FULL))
     return Recomputing(
         modes=modes,
@@ -137,21 +103,16 @@ def recompute(
         without_bytes=without,
         extra_flops=extra,
         reason=f"{counts}: {kept:,} of {without:,} bytes, budget {limit:,}",
-        remove=remove,
+        remove=_put_all(blocks, modes),
     )
 
 
 def recompute_all(blocks: Sequence[torch.nn.Module]) -> Recomputing:
     """Recompute everything in `blocks`, with nothing measured: not one sample fits otherwise."""
-    undo = [_put(block, FULL) for block in blocks]
-
-    def remove() -> None:
-        for each in undo:
-            each()
-
+    modes = (FULL,) * len(blocks)
     return Recomputing(
-        modes=(FULL,) * len(blocks), kept_bytes=0, without_bytes=0, extra_flops=0,
-        reason=f"all of {len(blocks)} blocks, unmeasured", remove=remove,
+        modes=modes, kept_bytes=0, without_bytes=0, extra_flops=0,
+        reason=f"all of {len(blocks)} blocks, unmeasured", remove=_put_all(blocks, modes),
     )  # fmt: skip
 
 
@@ -191,99 +152,19 @@ def choose(costs: Sequence[BlockCost], limit: int) -> tuple[str, ...]:
     return tuple(modes)
 
 
-def measure(blocks: Sequence[torch.nn.Module], forward: Callable[[], object]) -> list[BlockCost]:
-    """Return what each block keeps and would recompute in each mode, by one forward pass.
-
-    Raises:
-        ConfigError: A block is not called exactly once in it.
-    """
-    meters = [_Meter(block) for block in blocks]
-    try:
-        forward()
-    finally:
-        for meter in meters:
-            meter.remove()
-    for index, meter in enumerate(meters):
-        if meter.calls != 1:
-            raise ConfigError(
-                f"block {index} was called {meter.calls} times in the forward pass",
-                hint="give blocks that are called once each, and a forward pass with gradients",
-            )
-    return [meter.cost() for meter in meters]
-
-
-class _Meter:
-    """Watches one block in a forward pass."""
-
-    def __init__(self, block: torch.nn.Module) -> None:
-        self.calls = 0
-        self._own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        self._input_bytes = 0
-        self._saved: dict[int, int] = {}
-        self._dear = _DearResults()
-        self._flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-        self._open = contextlib.ExitStack()
-        self._handles = [
-            block.register_forward_pre_hook(self._begin, with_kwargs=True),
-            block.register_forward_hook(self._end, always_call=True),
-        ]
-
-    def _begin(self, _block: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        self.calls += 1
-        self._input_bytes = sum(t.nbytes for t in tensors((*args, *kwargs.values())))
-        self._open.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, _same))
-        self._open.enter_context(self._flops)
-        self._open.enter_context(self._dear)
-
-    def _end(self, *_: Any) -> None:
-        self._open.close()
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._own:
-            self._saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def cost(self) -> BlockCost:
-        kept = sum(self._saved.values())
-        return BlockCost(
-            kept_bytes={
-                KEEP: kept,
-                SELECTIVE: self._input_bytes + self._dear.num_bytes,
-                FULL: self._input_bytes,
-            },
-            extra_flops={KEEP: 0, SELECTIVE: 0, FULL: self._flops.get_total_flops()},
-        )
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-class _DearResults(TorchDispatchMode):
-    """Adds up the bytes of what is dear to compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _DEAR:
-            first = result[0] if isinstance(result, tuple) else result
-            self.num_bytes += first.nbytes
-        return result
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _put_all(blocks: Sequence[torch.nn.Module], modes: Sequence[str]) -> Callable[[], None]:
+    """Have each block run in its mode; return what puts them back."""
+    undo = contextlib.ExitStack()
+    for block, mode in zip(blocks, modes, strict=True):
+        undo.callback(_put(block, mode))
+    return undo.close
 
 
 def _put(block: torch.nn.Module, mode: str) -> Callable[[], None]:
     """Have `block` run in a mode; return what puts it back."""
     if mode == KEEP:
         return lambda: None
-    plain = block.forward
+    plain, own = block.forward, vars(block).get("forward")
     contexts = functools.partial(_contexts, block, mode)
 
     @functools.wraps(plain)
@@ -296,6 +177,8 @@ def _put(block: torch.nn.Module, mode: str) -> Callable[[], None]:
 
     def remove() -> None:
         del block.forward  # the class's own shows again
+        if own is not None:  # or the one that somebody had put there
+            block.forward = own
 
     return remove
 
@@ -326,7 +209,7 @@ def _buffers_kept(block: torch.nn.Module) -> Generator[None]:
 
 
 def _policy(_context: Any, function: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    dear = function in _DEAR
+    dear = function in DEAR
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainonce.errors import ConfigError
+from trainonce.levers.block_costs import BlockCost
 from trainonce.levers.flops import count_flops
-from trainonce.levers.recompute import BlockCost, choose, compile_budget, recompute
+from trainonce.levers.recompute import choose, compile_budget, recompute
 
 
 class Layer(nn.Module):
@@ -76,6 +77,20 @@ def test_a_tight_budget_holds_less_memory_for_more_flops_and_is_taken_back_whole
     assert saved_bytes(model) == before
     assert count_flops(lambda: gradients(model))[1] == flops
     assert all(map(torch.equal, plain, gradients(model)))
+
+
+def test_a_forward_that_somebody_put_on_a_block_is_there_again_afterwards():
+    model, calls = make(), []
+    plain = model[0].forward
+    model[0].forward = mine = lambda x: calls.append(len(x)) or plain(x)
+    found = recompute(list(model)[:4], lambda: model(batch()), share=0.12)
+    found.remove()
+    found.remove()
+    assert model[0].forward is mine
+    assert "forward" not in vars(model[1])
+    calls.clear()
+    gradients(model)
+    assert calls == [32]  # and nothing is computed twice
 
 
 def test_selective_recomputing_repeats_no_matrix_product():

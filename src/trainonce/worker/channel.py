@@ -10,6 +10,7 @@ from trainonce.worker.operation import SETUP, STAGES, Known, Op, OpState
 from trainonce.worker.oplog import OpLog
 
 if TYPE_CHECKING:
+    from trainonce.worker.buffers import BufferPool
     from trainonce.worker.inner import InnerGroup
     from trainonce.worker.oplog import GroupLog
 
@@ -129,6 +130,14 @@ class Channel(OpLog):
         """
         count = self.num_issued(SETUP) + self.num_issued(interval)
         return count * (self._weight if self.sends else -self._weight)
+
+    def drop_if_too_many(self, interval: int, pool: BufferPool) -> bool:
+        """Drop nothing: the sender learns at a commit only which messages have gone out.
+
+        Until then the inner group sends from the copies, or has not begun to. The receiver keeps
+        no bytes of them.
+        """
+        return False
 
     def known(self, op: Op) -> Known:
         """Return what can be given of a message: all of it by the source."""

@@ -20,3 +20,9 @@ def test_a_rank_lost_after_too_many_collectives_to_keep_costs_a_restart_and_no_b
     assert result.stderr.count("so many collectives outside of steps") == 1
     result.assert_same_state(calm("outside.py"))
     assert all(kept < 60 for kept in calm("outside.py").values("kept").values())
+
+
+def test_messages_between_steps_arrive_however_many_are_under_way(calm):
+    result = calm("messages_outside.py")
+    assert result.values("got") == {0: [], 1: [[float(number)] for number in range(80)]}
+    assert "so many collectives" not in result.stderr

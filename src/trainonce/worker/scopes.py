@@ -65,7 +65,7 @@ class Scope:
         self.key = key
         self.values = values
         self._frame = frame
-        self._seen: dict[str, Any] = values.copy()  # other threads may add to the values
+        self._seen: dict[str, Any] = dict(values)  # other threads may add to the values
         self._layout = _layout(tuple(self._seen), tuple(map(type, self._seen.values())))
 
     def plain(self) -> tuple[dict[str, Any], list[tuple[str, Measure]]]:

@@ -23,6 +23,7 @@ import torch
 from trainonce import settings
 from trainonce.wire import encoding
 from trainonce.worker.copies import assign_tree, copy_tree
+from trainonce.worker.values import LazyMean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,6 +144,8 @@ class Variables:
                             self._left_out.add(name)
                         continue
                     if size < 0:
+                        if _would_be_missed(value) and self._has_changed(key, name, value):
+                            self._left_out.add(name)
                         continue
                     left -= size
                 present[name] = value
@@ -151,9 +154,11 @@ class Variables:
             yield key, present, scope
 
     def _has_changed(self, key: str, name: str, value: Any) -> bool:
-        """Tell whether a container that is too large is another, or of another length, by now."""
+        """Tell whether a container that does not come along is new, another or longer by now."""
         large = (id(value), len(value))
-        return self._large.setdefault((key, name), large) != large
+        if key not in self._first:
+            self._large[key, name] = large
+        return self._large.get((key, name)) != large
 
     def restore(self, data: bytes | memoryview, opening: bytes | memoryview = b"") -> None:
         """Remember what a predecessor took, for `assign`.
@@ -321,6 +326,17 @@ def _size(value: Any, limit: int) -> int:
         if total > limit:
             return limit + 1
     return total
+
+
+def _would_be_missed(value: Any) -> bool:
+    """Recognise what scripts keep that is not plain: the best weights, averages of `run.mean`.
+
+    A batch is not: its tensors have names without dots.
+    """
+    if isinstance(value, dict) and value:
+        name, first = next(iter(value.items()))
+        return isinstance(first, torch.Tensor) and type(name) is str and "." in name
+    return type(value) is list and bool(value) and type(value[-1]) is LazyMean
 
 
 def _same(one: Any, other: Any) -> bool:

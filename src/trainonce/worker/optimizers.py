@@ -178,9 +178,9 @@ class OptimizerStates:
             groups: What `groups` returned at the commit: what was added since is left out.
         """
         return {
-            name: [[names[each] for each in group["params"]] for group in added]
-            for name, optimizer in self._optimizers.items()
-            if (added := optimizer.param_groups[self._settled[name] : len(groups[name])])
+            name: [[names.get(each, "") for each in group["params"]] for group in added]
+            for name, present in groups.items()
+            if (added := self._optimizers[name].param_groups[self._settled[name] : len(present)])
         }
 
     def add_groups(
@@ -193,7 +193,8 @@ class OptimizerStates:
         for name, groups in added.items():
             optimizer = self._optimizers[name]
             for members in groups[len(optimizer.param_groups) - self._settled[name] :]:
-                optimizer.add_param_group({"params": [parameters[each] for each in members]})
+                known = [parameters[each] for each in members if each in parameters]
+                optimizer.add_param_group({"params": known})
             optimizer.add_param_group = _adding_once(optimizer)
 
     def let_groups_be_added(self) -> None:

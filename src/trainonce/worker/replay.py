@@ -117,7 +117,7 @@ class Replay:
         if missing := self._local.variables.missing:
             self._warn(
                 "variables-left-out",
-                "variables of the script that are too large to come along when a rank is taken"
+                "variables of the script that cannot come along when a rank is taken"
                 f" over: {', '.join(missing[:5])}. What the script needs of them belongs in"
                 " run.state",
             )

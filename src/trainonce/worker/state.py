@@ -290,7 +290,7 @@ class Protected:
         )
         splits = {name: describe_split(t) for name, t in self.states.tensors()}
         names = {parameter: name for name, parameter in self._parameters}
-        groups = (self._small if small is None else small)["groups"]
+        groups = (self._small if small is None else small).get("groups", {})
         return {
             "added": self.states.added_groups(names, groups),
             "layout": [

@@ -11,11 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trainonce import settings
 from trainonce.wire import encoding
 from trainonce.worker.copies import assign_tree, copy_tree
 from trainonce.worker.plain import container, same
 from trainonce.worker.scopes import scopes
+from trainonce.worker.values import LazyMean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,10 +113,10 @@ class Variables:
                     left -= size
                     continue
                 del present[name]
-                is_large = size > left
-                if is_large and measure is container:
-                    is_large = self._has_changed(scope.key, name, value)
-                if is_large:
+                is_missed = size > left or _would_be_missed(value)
+                if is_missed and measure is container:
+                    is_missed = self._has_changed(scope.key, name, value)
+                if is_missed:
                     self._left_out.add(name)
             if scope.key not in self._known:
                 first = {name: copy_tree(value) for name, value in present.items()}
@@ -121,9 +124,11 @@ class Variables:
             yield scope, present
 
     def _has_changed(self, key: str, name: str, value: Any) -> bool:
-        """Tell whether a container that is too large is another, or of another length, by now."""
+        """Tell whether a container that does not come along is new, another or longer by now."""
         large = (id(value), len(value))
-        return self._large.setdefault((key, name), large) != large
+        if key not in self._known:
+            self._large[key, name] = large
+        return self._large.get((key, name)) != large
 
     def restore(self, data: bytes | memoryview, opening: bytes | memoryview = b"") -> None:
         """Remember what a predecessor took, for `assign`.
@@ -166,3 +171,14 @@ class Variables:
                 scope.values[name] = assign_tree(scope.values.get(name), value)
             scope.write()
         self._restored = self._opening = {}
+
+
+def _would_be_missed(value: Any) -> bool:
+    """Recognise what scripts keep that is not plain: the best weights, averages of `run.mean`.
+
+    A batch is not: its tensors have names without dots.
+    """
+    if isinstance(value, dict) and value:
+        name, first = next(iter(value.items()))
+        return isinstance(first, torch.Tensor) and type(name) is str and "." in name
+    return type(value) is list and bool(value) and type(value[-1]) is LazyMean

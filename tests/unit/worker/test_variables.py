@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from trainonce.worker.counters import advance, counters_of
+from trainonce.worker.values import LazyMean
 from trainonce.worker.variables import Variables
 
 
@@ -176,6 +177,37 @@ def test_what_has_tensors_as_keys_is_passed_over():
     training.call()
     seen.add(torch.tensor(1))
     training.call()
+
+
+def test_weights_and_averages_that_a_script_keeps_are_named():
+    def script(training, steps):
+        best, losses = None, []
+        for step in range(steps):
+            batch = {"ids": torch.ones(100)}
+            training.call()
+            losses.append(LazyMean(float(step)))
+            if step == 1:
+                best = {"0.weight": torch.ones(100), "0.bias": torch.ones(2)}
+        return best, losses, batch
+
+    training = Training()
+    script(training, 1)
+    assert training.lost().variables.missing == []
+    script(training, 4)
+    assert training.lost().variables.missing == ["best", "losses"]
+
+
+def test_callbacks_in_a_list_come_along():
+    def script(training, values):
+        callbacks = [Meter(), Meter()]
+        for value in values:
+            training.call()
+            callbacks[1].update(value)
+        return [(each.total, each.count) for each in callbacks]
+
+    training = Training()
+    script(training, [1.0, 2.0, 3.0])
+    assert script(training.lost(), [3.0, 4.0]) == [(0.0, 0), (10.0, 4)]
 
 
 @pytest.mark.parametrize("number", range(508, 516))

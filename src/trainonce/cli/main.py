@@ -7,13 +7,10 @@ import difflib
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 import trainonce
 from trainonce.errors import TrainOnceError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 # Command -> (module, one line of help). A module offers `add_arguments(parser)` and
 # `run(args) -> int`; it is imported only when its command is called.
@@ -44,9 +41,7 @@ class _Parser(argparse.ArgumentParser):
         """Print `message`, point to the help, and exit."""
         self._refuse(message, f"see `{self.prog} --help`")
 
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; what is left over is refused here, where the help is that of the command."""
         namespace = argparse.Namespace() if namespace is None else namespace
         found, unknown = super().parse_known_args(args, namespace)

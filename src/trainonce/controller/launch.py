@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from trainonce.events import BudgetCrossed
 
 
+_SHOWN_FAULTS = 5
+
+
 def new_job_id() -> str:
     """Return a short id that sorts by time and is unique: "1120-2101-k3f9"."""
     now = datetime.datetime.now(tz=datetime.UTC)
@@ -151,6 +154,7 @@ def last_line(job: Job, code: int) -> str:
     steps = f" after {job.step} step{'s' if job.step != 1 else ''}" if job.step else ""
     missed = ""
     if job.unfired:
-        some = ", ".join(f'"{fault}"' for fault in job.unfired)
+        some = ", ".join(f'"{fault}"' for fault in job.unfired[:_SHOWN_FAULTS])
+        some += ", …" if len(job.unfired) > _SHOWN_FAULTS else ""
         missed = f", {len(job.unfired)} of {len(job.options.chaos)} faults did not fire ({some})"
     return f"job {job.id} {job.outcome}{steps}{after}{missed}, exit code {code}{reason}"

@@ -57,7 +57,7 @@ def candidates(grid: str) -> list[Recipe]:
             (1e-3, 1.0, (_SOLVED, -90.0)),
             (3e-3, 1.0, (_SOLVED, -90.0)),
             (3e-3, 0.5, (_SOLVED, -90.0, -85.0)),
-            (3e-3, 0.25, (_SOLVED, -90.0, -85.0)),
+            (3e-3, 0.25, (_SOLVED,)),
         )
         for stop_at in targets
     ]

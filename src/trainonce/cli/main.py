@@ -41,9 +41,10 @@ class _Parser(argparse.ArgumentParser):
         """Print `message`, point to the help, and exit."""
         self._refuse(message, f"see `{self.prog} --help`")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (it has overloads)
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """Parse; what is left over is refused here, where the help is that of the command."""
-        namespace = argparse.Namespace() if namespace is None else namespace
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             hint = f"see `{self.prog} --help`"

@@ -195,7 +195,7 @@ class OptimizerStates:
             for members in groups[len(optimizer.param_groups) - self._settled[name] :]:
                 known = [parameters[each] for each in members if each in parameters]
                 optimizer.add_param_group({"params": known})
-            optimizer.add_param_group = _adding_once(optimizer)
+            vars(optimizer)["add_param_group"] = _adding_once(optimizer)
 
     def let_groups_be_added(self) -> None:
         """Undo what `add_groups` did to the method that adds groups."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainonce.cli.main import COMMANDS, main
+from trainonce.cli.main import COMMANDS, EXIT_INTERRUPTED, main
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,28 @@ def test_the_help_of_run_lists_the_faults_and_points_of_a_plan(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "Faults of --chaos: kill, lose, stop" in said
     assert "loader, begin, forward" in said
+
+
+def test_ctrl_c_while_a_command_loads_is_no_traceback(monkeypatch, capsys):
+    def interrupted(_command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainonce.cli.main._parser", interrupted)
+    assert main(["ps"]) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ps_says_who_leaves_and_which_ranks_wait_and_reads_older_launchers(monkeypatch, capsys):
+    worker = {"worker": 0, "pid": 7, "phase": "between", "step": 3, "slot": 0, "guest_of": None,
+              "parked": ""}  # fmt: skip
+    job = {
+        "job": "j", "pid": 1, "script": "train.py", "step": 3, "generation": 1, "incidents": 1,
+        "lost_ranks": [1], "short": 0, "lost_slots": [],
+        "workers": [{**worker, "rank": 0}, {**worker, "rank": None},
+                    {**worker, "rank": None, "leaving": True}],
+    }  # fmt: skip
+    monkeypatch.setattr("trainonce.cli.ps.control_socket.request", lambda *_, **__: job)
+    assert main(["ps", "j"]) == 0
+    said = capsys.readouterr().out
+    assert "waits for a worker for rank 1" in said
+    assert [line.split()[0] for line in said.splitlines()[3:]] == ["0", "spare", "leaves"]

@@ -247,7 +247,7 @@ def baseline(grid: str) -> list[Recipe]:
     small = [
         _named("adamw", lr, batch, 0.0, thousands)
         for thousands, choices in (
-            (300, ((5e-3, 2), (1e-2, 2), (2e-2, 2))),
+            (300, ((2.5e-3, 2), (5e-3, 2), (1e-2, 2), (2e-2, 2))),
             (100, ((5e-3, 2), (1e-2, 2), (1e-2, 4))),
         )
         for lr, batch in choices
@@ -273,7 +273,7 @@ def candidates(grid: str) -> list[Recipe]:
     fewer_steps = [
         _named("muon", lr, 4, 0.7, thousands, ns_steps=3)
         for lr, horizons in (
-            (1e-2, (80, 160, 180)),
+            (1e-2, (80, 145, 160, 180)),
             (2e-2, (60, 80, 145, 160, 180)),
             (4e-2, (60, 160, 180)),
         )

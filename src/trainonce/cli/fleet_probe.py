@@ -24,10 +24,11 @@ def run(args: argparse.Namespace) -> int:
     token = read_token(args.token_file, [args.host, *peers])
     record = measure(dataclasses.replace(settings, token=token))
     record.write(args.out)
+    paths = sum(hops[-1] == peer for (peer, _), hops in record.hops.items())
     heard = len(peers) - len(record.unreachable)
     print(
         f"{args.host}: {sum(record.sent.values())} probes to {heard} of {len(peers)} peers, "
-        f"{len(record.hops)} paths, {sum(map(len, record.received.values()))} probes received"
+        f"{paths} paths, {sum(map(len, record.received.values()))} probes received"
     )
     if record.unreachable:
         print(f"unreachable: {', '.join(record.unreachable)}")

@@ -75,13 +75,11 @@ class Clos:
     def lose(self, link: str, per_mille: int) -> None:
         """Let `link` ("leaf1->spine2") lose that many of a thousand probes, at random."""
         node, _, towards = link.partition("->")
+        some = f"numgen random mod 1000 < {per_mille} " if per_mille < 1000 else ""
         rules = [
             f"add table ip {_TABLE}",
             f"add chain ip {_TABLE} c {{ type filter hook postrouting priority 0; }}",
-            (
-                f"add rule ip {_TABLE} c oifname {towards} udp dport 47800-48055 "
-                f"numgen random mod 1000 < {per_mille} drop"
-            ),
+            (f"add rule ip {_TABLE} c oifname {towards} udp dport 47800-48055 {some}drop"),
         ]
         self._lab.run(node, ["nft", "; ".join(rules)])
 

@@ -47,6 +47,16 @@ def test_lossy_link_is_named_with_its_direction(clos: Clos, link: str, tmp_path:
     assert [finding.component for finding in found] == [link]
 
 
+def test_link_that_lets_nothing_through_is_named(clos: Clos, tmp_path: Path) -> None:
+    clos.lose("leaf2->spine1", per_mille=1000)
+    try:
+        fabric, found = round_of(clos, tmp_path)
+    finally:
+        clos.heal("leaf2->spine1")
+    assert sum(flow.lost == flow.sent for flow in fabric.flows) > 0, "the fault did not fire"
+    assert [finding.component for finding in found] == ["leaf2->spine1"]
+
+
 def test_command_finds_the_switches_without_being_told_their_addresses(
     clos: Clos, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,11 +3,14 @@
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trainonce.errors import ConfigError
-from trainonce.fleet.links.probe import ProbeSettings, measure
+from trainonce.fleet.links.probe import _SO_TIMESTAMPNS, ProbeSettings, measure
+from trainonce.fleet.links.record import HostRecord
+from trainonce.fleet.links.topology import build_fabric
 from trainonce.fleet.prober import Prober
 from trainonce.fleet.wire import PACKET_BYTES, Kind, Packet, Sealer, is_loopback, read_token
 
@@ -83,10 +86,12 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-def test_two_hosts_on_loopback_measure_each_other_and_drop_strangers() -> None:
-    base = free_ports(2)
-    ends = ("127.0.0.1", "127.0.0.2")
-    made = {}
+ENDS = ("127.0.0.1", "127.0.0.2")
+
+
+def both_measure(base: int) -> tuple[list[threading.Thread], dict[str, HostRecord]]:
+    """Let two hosts measure each other; their records are there when the threads end."""
+    made: dict[str, HostRecord] = {}
 
     def one(host: str, peer: str) -> None:
         made[host] = measure(
@@ -96,21 +101,47 @@ def test_two_hosts_on_loopback_measure_each_other_and_drop_strangers() -> None:
             )
         )  # fmt: skip
 
-    threads = [threading.Thread(target=one, args=(a, b)) for a, b in (ends, ends[::-1])]
+    threads = [threading.Thread(target=one, args=(a, b)) for a, b in (ENDS, ENDS[::-1])]
     for thread in threads:
         thread.start()
+    return threads, made
+
+
+def test_two_hosts_on_loopback_measure_each_other_and_drop_strangers() -> None:
+    base = free_ports(2)
+    threads, made = both_measure(base)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         while any(thread.is_alive() for thread in threads):
-            stranger.sendto(b"hello, let me in please, I am a peer!", (ends[0], base))
+            stranger.sendto(b"hello, let me in please, I am a peer!", (ENDS[0], base))
             threads[0].join(0.02)
-    for host, peer in (ends, ends[::-1]):
+    for host, peer in (ENDS, ENDS[::-1]):
         record = made[host]
         assert record.sent == {(peer, 0): 20, (peer, 1): 20}
         assert {key: len(delays) for key, delays in record.received.items()} == record.sent
         assert record.hops == {(peer, 0): [peer], (peer, 1): [peer]}
         assert record.unreachable == []
-    assert made[ends[0]].strangers > 0
-    assert made[ends[1]].strangers == 0
+    assert made[ENDS[0]].strangers > 0
+    assert made[ENDS[1]].strangers == 0
+
+
+def test_kernel_that_refuses_stamps_is_done_without_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refusing(socket.socket):
+        def setsockopt(self, level: int, option: int, *value: Any) -> None:
+            if level == socket.SOL_SOCKET and option == _SO_TIMESTAMPNS:
+                raise PermissionError(1, "Operation not permitted")
+            super().setsockopt(level, option, *value)
+
+    base = free_ports(2)
+    monkeypatch.setattr(socket, "socket", Refusing)
+    threads, made = both_measure(base)
+    for thread in threads:
+        thread.join()
+    assert {record.stamps for record in made.values()} == {"user"}
+    assert [len(rows) for record in made.values() for rows in record.received.values()] == [20] * 4
+    [note] = build_fabric(list(made.values())).notes
+    assert note.startswith("arrivals were stamped in user space on 127.0.0.")
 
 
 def test_peer_that_is_not_there_is_reported_and_nothing_hangs() -> None:

@@ -39,25 +39,33 @@ def hops(a: int, b: int, port: int) -> list[str | None]:
     ]
 
 
+def links_of(a: int, b: int, port: int) -> list[str]:
+    devices = [f"host{a}", *(NAMES[str(hop)] for hop in hops(a, b, port))]
+    return [link_name(x, y, directed=True) for x, y in itertools.pairwise(devices)]
+
+
 def records(
     *,
     slow: str = "",
     lossy: str = "",
+    dead: str = "",
     clock_s: dict[int, float] | None = None,
     seed: int = 0,
 ) -> list[HostRecord]:
-    """Measure a simulated Clos; `slow` adds 100 µs on a link, `lossy` loses 2 % there."""
+    """Measure a simulated Clos; `slow` adds 100 µs on a link, `lossy` loses 2 %, `dead` all."""
     rng = np.random.default_rng(seed)
     made = {h: HostRecord(host=address, stamps="kernel") for h, address in HOSTS.items()}
     for a in HOSTS:
         for b in HOSTS:
             for port in PORTS if a != b else ():
-                way = hops(a, b, port)
-                devices = [f"host{a}", *(NAMES[str(hop)] for hop in way)]
-                links = [link_name(x, y, directed=True) for x, y in itertools.pairwise(devices)]
+                way, links = hops(a, b, port), links_of(a, b, port)
                 delay_s = 2e-6 * len(links) + rng.exponential(2e-6, 100)
                 delay_s += 100e-6 * (slow in links)
-                arrived = rng.random(100) >= 0.02 * (lossy in links)
+                arrived = rng.random(100) >= 0.02 * (lossy in links) + (dead in links)
+                if dead in links:
+                    way = way[: links.index(dead)]
+                elif dead in links_of(b, a, port):  # the answer is lost
+                    way = way[:-1]
                 if clock_s:
                     delay_s += clock_s[b] - clock_s[a]
                 made[a].hops[HOSTS[b], port] = way
@@ -141,6 +149,23 @@ def test_silent_routers_become_one_unknown_device_between_their_neighbours() -> 
 def test_lossy_link_is_named_with_its_direction(lossy: str) -> None:
     fabric = build_fabric(records(lossy=lossy), NAMES)
     assert [finding.component for finding in locate(fabric.loss())] == [lossy]
+
+
+@pytest.mark.parametrize("dead", ["leaf1->spine2", "spine1->leaf3", "spine2->leaf1"])
+def test_link_that_lets_nothing_through_is_named_though_no_trace_passes_it(dead: str) -> None:
+    fabric = build_fabric(records(dead=dead), NAMES)
+    assert [finding.component for finding in locate(fabric.loss())] == [dead]
+    assert any("known up to the last router that answered" in note for note in fabric.notes)
+    assert not any(device.startswith("?(host") for device in fabric.devices())
+
+
+def test_dead_uplinks_that_cannot_be_told_apart_are_named_by_where_they_begin() -> None:
+    made = records(dead="leaf1->spine2")
+    for record in made[:2]:  # leaf1 was not seen to send anything to spine1 either
+        for key, way in record.hops.items():
+            record.hops[key] = way[:1] if len(way) > 2 else way
+    [finding] = locate(build_fabric(made, NAMES).loss())
+    assert finding.component.startswith("leaf1->?(leaf1)")
 
 
 def test_good_clocks_tell_the_direction_of_a_slow_link() -> None:

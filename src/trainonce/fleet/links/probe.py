@@ -132,9 +132,14 @@ class _LinkProber(Prober):
                 )
         self._trace_ttl = 0
         for flow in flows:
+            end = self._reached.get(flow, self._settings.max_ttl + 1)
+            hops = [self._routers.get((*flow, ttl)) for ttl in range(1, end)]
+            while flow not in self._reached and hops and hops[-1] is None:
+                hops.pop()
             if flow in self._reached:
-                routers = [self._routers.get((*flow, t)) for t in range(1, self._reached[flow])]
-                self.record.hops[flow] = [*routers, flow[0]]
+                hops.append(flow[0])
+            if hops:
+                self.record.hops[flow] = hops
 
     def probe(self) -> None:
         """Send the probes, spread evenly over flows and time."""

@@ -22,7 +22,8 @@ class HostRecord(Record):
         host: Its address.
         stamps: "kernel" or "user": where arrival times were taken.
         hops: Address of each router on the way to a peer and at last the peer; None where a
-            router did not answer. Empty where the way is not known.
+            router did not answer. Without the peer where it did not answer, and with nothing where
+            nobody did.
         sent: Probes sent on each flow.
         received: For each probe that arrived from a peer, when it was sent on the peer's clock and
             how long it took as the difference of the two clocks, in nanoseconds and in the order

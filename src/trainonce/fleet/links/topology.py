@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,15 +10,14 @@ from scipy.sparse import csr_matrix
 
 from trainonce.errors import ConfigError
 from trainonce.fleet.links.locate import Observations, with_switches
+from trainonce.fleet.links.paths import UNKNOWN, Ways, find_devices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence, Set
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from trainonce.fleet.links.record import HostRecord
-
-UNKNOWN = "?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +140,14 @@ def build_fabric(records: Sequence[HostRecord], names: Mapping[str, str] | None 
             f"{len(records)} records of {len(by_host)} hosts: one of each of two or more is needed",
             hint="run `trainonce fleet probe` on every host at the same time",
         )
-    device = _devices(records, names or {})
+    device = find_devices(records, names or {})
+    ways = Ways(records, device)
     flows: list[Flow] = []
-    unknown_paths = 0
     for record in records:
         for key, sent in record.sent.items():
             peer, port = key
             if peer not in by_host or not sent:
                 continue
-            hops = record.hops.get(key)
-            unknown_paths += hops is None
             rows = by_host[peer].received.get((record.host, port), [])
             arrived = np.array(rows, dtype=np.int64).reshape(-1, 2)
             flows.append(
@@ -159,107 +155,19 @@ def build_fabric(records: Sequence[HostRecord], names: Mapping[str, str] | None 
                     src=device(record.host),
                     dst=device(peer),
                     port=port,
-                    path=_path(record.host, hops or [None, peer], device),
+                    path=ways.path(record, key),
                     sent=sent,
                     sent_ns=arrived[:, 0],
                     delays_ns=arrived[:, 1],
                 )
             )
     fabric = Fabric(flows=flows, hosts=sorted(device(host) for host in by_host))
-    fabric.notes += _notes(records, by_host, unknown_paths)
+    fabric.notes += _notes(records, by_host, ways)
     return fabric
 
 
-def _path(src: str, hops: Sequence[str | None], device: _Devices) -> tuple[str, ...]:
-    """Name the devices of a path. Routers that did not answer become one unknown device.
-
-    It is named by its neighbours, so that flows between the same two share it.
-    """
-    known = [device(src)]
-    gap = False
-    for hop in hops:
-        if hop is None:
-            gap = True
-            continue
-        if gap:
-            known.append(f"{UNKNOWN}({known[-1]},{device(hop)})")
-            gap = False
-        if device(hop) != known[-1]:
-            known.append(device(hop))
-    return tuple(known)
-
-
-class _Devices:
-    """Address to device, as far as it is known."""
-
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names
-        self._same: dict[str, str] = {}
-        self._name_of: dict[str, str] = {}
-
-    def __call__(self, address: str) -> str:
-        if address in self._names:
-            return self._names[address]
-        root = self._find(address)
-        return self._name_of.get(root, root)
-
-    def name(self) -> None:
-        """Let the name of one address hold for all that were joined with it."""
-        for address, name in sorted(self._names.items()):
-            self._name_of.setdefault(self._find(address), name)
-
-    def _find(self, address: str) -> str:
-        while address in self._same:
-            address = self._same[address]
-        return address
-
-    def join(self, one: str, other: str) -> None:
-        """Take two addresses for one device; the smaller one names it."""
-        first, second = sorted((self._find(one), self._find(other)), key=ipaddress.IPv4Address)
-        if first != second:
-            self._same[second] = first
-
-
-def _devices(records: Sequence[HostRecord], names: Mapping[str, str]) -> _Devices:
-    """Find the interfaces of one router.
-
-    A router answers with the address at which the packet came in. The other end of that
-    point-to-point network belongs to the router before it, whose own answer named another
-    interface: the two addresses are one device.
-    """
-    device = _Devices(names)
-    hosts = {record.host for record in records} | {
-        peer for record in records for peer, _ in record.sent
-    }
-    ways = [[record.host, *hops] for record in records for hops in record.hops.values()]
-    seen = {address for way in ways for address in way if address is not None}
-    steps = {(a, b) for way in ways for a, b in zip(way, way[1:], strict=False) if a and b}
-    for before, address in sorted(steps):
-        mate = _mate(address, seen - hosts if address in hosts else seen)
-        if mate in seen and mate not in hosts and before not in hosts:
-            device.join(before, mate)
-    device.name()
-    return device
-
-
-def _mate(address: str, seen: Set[str]) -> str:
-    """Return the other end of a point-to-point network.
-
-    In a /30 the two middle addresses of four are used, and the outer ones are not addresses of
-    hosts; where an outer one was seen, the four are two networks of /31.
-
-    Args:
-        address: One end.
-        seen: Addresses that are in use, as far as is known.
-    """
-    number = int(ipaddress.IPv4Address(address))
-    outer = {number & ~3, number | 3}
-    is_30 = number not in outer and not seen & {str(ipaddress.IPv4Address(one)) for one in outer}
-    return str(ipaddress.IPv4Address(number ^ (3 if is_30 else 1)))
-
-
 def _notes(
-    records: Sequence[HostRecord], by_host: Mapping[str, HostRecord], unknown_paths: int
+    records: Sequence[HostRecord], by_host: Mapping[str, HostRecord], ways: Ways
 ) -> list[str]:
     notes: list[str] = []
     missing = sorted({peer for r in records for peer, _ in r.sent} - set(by_host))
@@ -270,9 +178,20 @@ def _notes(
             notes.append(f"{record.host} never heard {', '.join(record.unreachable)}")
         if record.strangers:
             notes.append(f"{record.host} dropped {record.strangers} packets of strangers")
-    if unknown_paths:
+    users = [record.host for record in records if record.stamps == "user"]
+    if users:
         notes.append(
-            f"{unknown_paths} flows have no known path (routers send no ICMP): "
+            f"arrivals were stamped in user space on {', '.join(users)}: a busy host may look like "
+            "a slow link"
+        )
+    if ways.num_cut:
+        notes.append(
+            f"{ways.num_cut} flows are known up to the last router that answered: what it sends "
+            "them to did not"
+        )
+    if ways.num_unknown:
+        notes.append(
+            f"{ways.num_unknown} flows have no known path (routers send no ICMP): "
             "they only tell which pairs of hosts are hit"
         )
     return notes

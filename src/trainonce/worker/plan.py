@@ -12,7 +12,7 @@ from typing import Any
 from trainonce.errors import CollectiveError, RecoveryError
 from trainonce.worker.operation import SETUP, UNSHARED, Known
 
-OpName = tuple[str, int, int]  # group key, interval, sequence number
+OpName = tuple[str, int, int]  # key of a group or channel, interval, sequence number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,59 +250,101 @@ def _no_donor(targets: list[int], alike: list[int], commits: int) -> RecoveryErr
     )
 
 
+@dataclass(frozen=True)
+class _Held:
+    """What the ranks have of one operation.
+
+    Attributes:
+        signature: As the first rank issued it that knows it.
+        first: That rank.
+        results: Ranks that can give the result.
+        inputs: Ranks that kept their part of the input in place of it.
+        arrived: Ranks that have received the message, and can give nothing.
+    """
+
+    signature: str
+    first: int
+    results: list[int] = field(default_factory=lambda: [])
+    inputs: list[int] = field(default_factory=lambda: [])
+    arrived: list[int] = field(default_factory=lambda: [])
+
+    def add(self, rank: int, known: int) -> None:
+        """Take note of what `rank` can give."""
+        match known:
+            case Known.RESULT:
+                self.results.append(rank)
+            case Known.INPUT:
+                self.inputs.append(rank)
+            case Known.TAKEN:
+                self.arrived.append(rank)
+            case _:
+                pass
+
+    @property
+    def ranks(self) -> set[int]:
+        """Those that need nothing of it."""
+        return {*self.results, *self.inputs, *self.arrived}
+
+
+def _find_held(reports: list[RankReport]) -> dict[OpName, _Held]:
+    found: dict[OpName, _Held] = {}
+    for rank, report in enumerate(reports):
+        for name, (signature, known) in report.ops.items():
+            held = found.setdefault(name, _Held(signature, rank))
+            if held.signature != signature:
+                raise CollectiveError(
+                    f"ranks disagree about operation {name[2]}: rank {held.first} issued"
+                    f" {held.signature}, rank {rank} issued {signature}",
+                    hint="every rank must issue the same collectives in the same order",
+                )
+            held.add(rank, known)
+    return found
+
+
 def _plan_results(
     reports: list[RankReport], starts: dict[int, int], served: list[int]
 ) -> tuple[tuple[ResultTransfer, ...], tuple[OpName, ...], tuple[OpName, ...]]:
-    groups: dict[str, list[int]] = {}
-    known: dict[OpName, tuple[str, int]] = {}
-    holders: dict[OpName, list[int]] = {}
-    inputs: dict[OpName, list[int]] = {}
-    arrived: dict[OpName, list[int]] = {}
-    for rank, report in enumerate(reports):
-        groups.update(report.groups)
-        groups.update(report.channels)
-        for name, (signature, can_give) in report.ops.items():
-            first = known.setdefault(name, (signature, rank))
-            if first[0] != signature:
-                raise CollectiveError(
-                    f"ranks disagree about operation {name[2]}: rank {first[1]} issued"
-                    f" {first[0]}, rank {rank} issued {signature}",
-                    hint="every rank must issue the same collectives in the same order",
-                )
-            if can_give == Known.RESULT:
-                holders.setdefault(name, []).append(rank)
-            elif can_give == Known.INPUT:
-                inputs.setdefault(name, []).append(rank)
-            elif can_give == Known.TAKEN:
-                arrived.setdefault(name, []).append(rank)
+    """Return which results move, what is issued again, and which messages need not be sent.
+
+    Args:
+        reports: Indexed by rank.
+        starts: Committed steps that each rank goes on from.
+        served: Ranks that get results now.
+    """
+    members: dict[str, list[int]] = {}
+    for report in reports:
+        members |= report.groups
+        members |= report.channels
     transfers: list[ResultTransfer] = []
     again: list[OpName] = []
     taken: list[OpName] = []
-    for name in sorted(holders.keys() | inputs.keys() | arrived.keys()):
-        group, interval, _ = name
-        have = [*holders.get(name, ()), *inputs.get(name, ()), *arrived.get(name, ())]
+    for name, held in sorted(_find_held(reports).items()):
+        log, interval, _ = name
+        have = held.ranks
+        if not have:
+            continue
         targets = tuple(
             rank
-            for rank in groups[group]
+            for rank in members[log]
             if rank in served and rank not in have and _wants(reports[rank], interval, starts[rank])
         )
-        if targets and name in inputs and name not in holders:
-            again.append(name)
-        elif targets and name not in holders:
-            taken.append(name)
-        elif targets:
+        if not targets:
+            continue
+        if held.results:
             transfers.append(
                 ResultTransfer(
-                    name=name,
-                    signature=known[name][0],
-                    source=holders[name][0],
-                    targets=targets,
+                    name=name, signature=held.signature, source=held.results[0], targets=targets
                 )
             )
+        elif held.inputs:
+            again.append(name)
+        else:
+            taken.append(name)
     return tuple(transfers), tuple(again), tuple(taken)
 
 
 def _wants(report: RankReport, interval: int, start: int) -> bool:
+    """Tell whether a rank that goes on from `start` commits comes to operations of `interval`."""
     if interval == UNSHARED:
         return False
     if report.fresh:

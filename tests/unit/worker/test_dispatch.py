@@ -168,19 +168,8 @@ def test_a_group_that_still_forms_goes_down_with_its_generation(store):
     for inner in worker.disconnect()[0]:
         if isinstance(inner, InnerGroup):
             inner.abort()
-    # A connection of the next generation. The group could form now that its other member comes.
-    ours, theirs = connected_pair()
-    other = InnerGroup(1, 2)
-    coming = threading.Thread(target=form_quietly, args=(other, store.port))
-    coming.start()
-    forming.join()
-    ours.sendall(b"!")
-    assert theirs.recv(1) == b"!"
-    other.abort()
-    coming.join()
+    forming.join()  # its other member never comes
     assert worker.told == []
-    for each in (ours, theirs):
-        each.close()
 
 
 @NO_WAIT
@@ -191,11 +180,27 @@ def test_a_group_that_was_aborted_before_it_began_to_form_does_not_wait(store):
         inner.form(store.port, "alone")
 
 
-def form_quietly(inner, port):
-    try:
-        inner.form(port, "0/1/world/pair")
-    except RuntimeError:
-        pass
+def test_a_group_that_forms_although_it_was_aborted_shuts_down_nobodys_connection(
+    store, monkeypatch
+):
+    inner, next_generations = InnerGroup(0, 2), []
+
+    class Formed:
+        _Options = dist.ProcessGroupGloo._Options
+        create_device = staticmethod(dist.ProcessGroupGloo.create_device)
+
+        def __init__(self, *_):
+            inner.abort()
+            next_generations.extend(connected_pair())
+
+    monkeypatch.setattr(dist, "ProcessGroupGloo", Formed)
+    with pytest.raises(RuntimeError, match="aborted"):
+        inner.form(store.port, "pair")
+    ours, theirs = next_generations
+    ours.sendall(b"!")
+    assert theirs.recv(1) == b"!"
+    for each in next_generations:
+        each.close()
 
 
 def connected_pair():

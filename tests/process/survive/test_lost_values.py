@@ -15,10 +15,3 @@ def test_a_value_that_is_lost_has_its_form_and_none_is_lost_in_a_first_execution
     assert len(result.faults) == 2, result.explain()
     result.assert_nothing_lost()
     assert [line for line in result.stdout.splitlines() if "LOST" in line] == ["LOST at 4"]
-
-
-def test_a_script_that_fails_on_a_lost_value_is_told_so(tmp_path):
-    chaos = "kill rank=0 step=3 point=updated"
-    result = run_job(SCRIPT, "--whole", spares=1, chaos=chaos, home=tmp_path)
-    assert result.exit_code == 1
-    assert "what step 4 returned went down with a process" in result.stderr, result.explain()

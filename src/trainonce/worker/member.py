@@ -297,6 +297,16 @@ class Member:
                     " completed loops only: what else they gather belongs in run.state",
                 )
             )
+        if (lost_at := self._runner.replay.lost_at) is not None:
+            self.link.send(
+                Note(
+                    key="value-lost",
+                    level="warning",
+                    text=f"what step {lost_at} returned went down with a process, and the script"
+                    " got trainonce.LOST, a NaN, in its place before it failed. What it must have"
+                    " of a step belongs in run.state, set in that step",
+                )
+            )
         self.link.send(
             Failed(
                 step=self._runner.commits,

@@ -203,7 +203,7 @@ class OptimizerStates:
             vars(optimizer).pop("add_param_group", None)
 
 
-def _adding_once(optimizer: torch.optim.Optimizer) -> Callable[[dict[str, Any]], None]:
+def _adding_once(optimizer: torch.optim.Optimizer) -> Any:
     def add_param_group(param_group: dict[str, Any]) -> None:
         wanted = param_group["params"]
         members = [wanted] if isinstance(wanted, torch.Tensor) else list(wanted)

@@ -60,6 +60,8 @@ class Replay:
         self._return_state = return_state
         self._notify = notify
         self._recalled: Outcome | None = None
+        self.lost_at: int | None = None
+        """How many steps were committed with the one whose value was lost, if one was."""
 
     @property
     def is_under_way(self) -> bool:
@@ -95,6 +97,7 @@ class Replay:
         elif self._cursor.behind:
             commits = self.finish(caller)
             if not known:
+                self.lost_at = commits
                 lost_value = ValueLost(rank=self._promotion.rank, step=commits)
                 self._notify(Report(event=lost_value.to_record()))
         return value if known else lost(value)

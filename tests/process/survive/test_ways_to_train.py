@@ -81,3 +81,7 @@ def test_what_is_unfrozen_on_the_way_survives_kills(calm, shaken, faults):
     assert result.values("modes")[0] == [False, False, False]
     for key in ("modes", "groups"):
         assert result.values(key) == calm("unfreezes.py").values(key), result.explain()
+
+
+def test_a_ddp_that_is_compiled_as_a_whole_survives_a_kill(shaken):
+    shaken("compiled.py", faults=["kill rank=1 step=5 point=backward"], spares=1)

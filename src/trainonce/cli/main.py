@@ -41,7 +41,9 @@ class _Parser(argparse.ArgumentParser):
         """Print `message`, point to the help, and exit."""
         self._refuse(message, f"see `{self.prog} --help`")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
         """Parse; what is left over is refused here, where the help is that of the command."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:

@@ -5,6 +5,7 @@ How large they are, and whether two are the same.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections import Counter, OrderedDict, defaultdict
@@ -119,7 +120,7 @@ def same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if type(one) in (list, tuple):
         return len(one) == len(other) and (
             all(map(operator.is_, one, other)) or all(map(same, one, other))
@@ -128,4 +129,6 @@ def same(one: Any, other: Any) -> bool:
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
+    if one == 0 and type(one) is float:
+        return other == 0 and math.copysign(1, one) == math.copysign(1, other)
     return one == other

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainonce import settings
+from trainonce.errors import EncodingError
 from trainonce.wire import encoding
 from trainonce.worker.copies import assign_tree, copy_tree
 from trainonce.worker.plain import container, same
@@ -91,9 +92,19 @@ class Variables:
             found[scope.key] = {name: value for name, value in present.items() if name in changed}
         names = [len(self._left_out), *((key, *values) for key, values in found.items())]
         if is_new or names != self._names:
-            self._taken = encoding.encode([found, sorted(self._left_out)])
+            self._taken = self._encode(found)
             self._names = names
         return self._taken
+
+    def _encode(self, found: dict[str, dict[str, Any]]) -> bytes:
+        try:
+            return encoding.encode([found, sorted(self._left_out)])
+        except EncodingError:  # in a script that keeps its `locals()`, say: they hold themselves
+            for values in found.values():
+                for name in [name for name, value in values.items() if not _has_encoding(value)]:
+                    del values[name]
+                    self._left_out.add(name)
+            return encoding.encode([found, sorted(self._left_out)])
 
     def begin(self, frame: FrameType) -> None:
         """Take note of the variables around a call that is skipped."""
@@ -171,6 +182,14 @@ class Variables:
                 scope.values[name] = assign_tree(scope.values.get(name), value)
             scope.write()
         self._restored = self._opening = {}
+
+
+def _has_encoding(value: Any) -> bool:
+    try:
+        encoding.encode(value)
+    except EncodingError:
+        return False
+    return True
 
 
 def _would_be_missed(value: Any) -> bool:

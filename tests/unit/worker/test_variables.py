@@ -52,6 +52,46 @@ def counting(training, steps, begin=0):
     return best, losses, sums.tolist(), where, float(mean), untouched, alias is losses
 
 
+def test_a_value_that_cannot_be_encoded_is_left_out_and_named():
+    def script(training, steps):
+        held, count = [], 0
+        for _ in range(steps):
+            training.call()
+            held[:] = [held, 1]  # holds itself
+            count += 1
+        return count
+
+    training = Training()
+    script(training, 3)
+    newcomer = training.lost()
+    assert newcomer.variables.missing == ["held"]
+    assert script(newcomer, 1) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(0.0, -0.0), ({"a": 1, "b": 2}, {"b": 2, "a": 1})], ids=["zero", "order"]
+)
+def test_what_only_compares_as_equal_is_another_value(before, after):
+    def script(training, values):
+        kept = before
+        for value in values:
+            kept = value
+            training.call()
+        return repr(kept)
+
+    training = Training()
+    script(training, [before, after])
+    newcomer = training.lost()
+
+    def again():
+        kept = before
+        newcomer.call()
+        return repr(kept)
+
+    again.__code__ = again.__code__.replace(co_qualname=script.__code__.co_qualname)
+    assert again() == repr(after)
+
+
 def test_variables_of_a_function_are_those_of_the_predecessor():
     training = Training()
     counting(training, 4)  # lost in the last call: three times something had been added

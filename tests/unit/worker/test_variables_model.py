@@ -64,7 +64,9 @@ class Model:
                         continue
                     if type(value) in CONTAINERS:
                         known = (id(value), len(value))
-                        if self.large.setdefault((scope, name), known) == known:
+                        if scope not in self.first:
+                            self.large[scope, name] = known
+                        if self.large.get((scope, name)) == known:
                             continue
                     self.left_out.add(name)
                     continue
@@ -98,6 +100,8 @@ def objects(values, deep):
             inside = vars(value)
         if type(value) is dict and len(value) <= 32:
             inside = value
+        if type(value) in (list, tuple) and len(value) <= 32 and type((*value, 0)[0]) is Thing:
+            inside = {str(index): each for index, each in enumerate(value)}
         if deep and len(found) < 32:
             found += [(f"{name}.{inner}", each) for inner, each in objects(inside, deep - 1)]
     return found[:32]
@@ -141,7 +145,7 @@ def equal(one, other):
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(equal, one, other))
     return one == other

@@ -57,7 +57,8 @@ class EarlyStop(Lever):
     info = LeverInfo(
         name="early-stop",
         saves="what the budget is too long by: 95 % of CartPole's FLOPs together with a quarter of "
-        "each batch, 81 % against a tuned budget (benchmarks/levers)",
+        "each batch, 81 % against a tuned budget; nothing at equal quality on Acrobot "
+        "(benchmarks/levers)",
         source="Prechelt, Early Stopping, But When?, 1998",
         applies="the budget is a guess, as in reinforcement learning",
         hurts="a metric noisier than min_delta; with decay to zero a shorter schedule is better",

@@ -12,11 +12,15 @@ _IMMUTABLE = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 
 def assign_tree(present: Any, wanted: Any) -> Any:
-    """Return a tree equal to `wanted`, made of the dicts and lists of `present` where it can be."""
-    if type(present) is dict and type(wanted) is dict:
+    """Return a tree equal to `wanted`, made of the containers of `present` where it can be."""
+    if isinstance(present, dict) and type(present) is type(wanted):
         found = {key: assign_tree(present.get(key), each) for key, each in wanted.items()}
         present.clear()
         present.update(found)
+        return present
+    if type(present) is set and type(wanted) is set:
+        present.clear()
+        present.update(wanted)
         return present
     if type(present) is list and type(wanted) is list:
         present[:] = [

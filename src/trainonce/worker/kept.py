@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import EncodingError
 from trainonce.wire import encoding
-from trainonce.worker.values import outline, pack_value, unpack_value
+from trainonce.worker.values import outline, pack_value, unpack_value, with_means
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -71,16 +71,23 @@ class KeptValues:
             self._encoded.pop(each, None)
             self._commits.pop(each, None)
 
-    def encode(self, latest: Position | None, means: list[LazyMean]) -> list[bytes]:
+    def encode(
+        self,
+        latest: Position | None,
+        means: list[LazyMean],
+        is_live: Callable[[Position], bool] | None = None,
+    ) -> list[bytes]:
         """Return all values, encoded.
 
         Args:
             latest: The step that is being committed.
-            means: Its means, which are not reduced yet. Those of earlier steps are, and their
-                local values stand for them.
+            means: Its means, which are not reduced yet. Those of earlier steps are.
+            is_live: Whether a newcomer may come to a position again; None: to all.
         """
         found: list[bytes] = []
         for position, (known, value) in self._values.items():
+            if is_live is not None and not is_live(position):
+                continue
             data = self._encoded.get(position)
             if data is None:
                 unsettled = means if position == latest else []
@@ -110,9 +117,16 @@ class KeptValues:
             if rest and rest[0] is not None:  # checkpoints of before have none
                 self._commits[position] = rest[0]
 
-    def expect(self, position: Position, shape: Any, commits: int) -> None:
-        """Know the last commit at `position`; its value is lost unless it is among the restored."""
-        self._values.setdefault(position, (False, shape))
+    def expect(self, position: Position, shape: Any, commits: int, means: list[LazyMean]) -> None:
+        """Know the last commit at `position`; its value is lost unless it is among the restored.
+
+        Args:
+            position: Of the last commit.
+            shape: Outline of what it returned.
+            commits: Committed steps with it.
+            means: Its means: averages are known even so.
+        """
+        self._values.setdefault(position, (False, with_means(shape, means)))
         self._commits[position] = commits
 
 

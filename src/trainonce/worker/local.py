@@ -7,6 +7,7 @@ others commit, and again at the commit, then with what the step returned.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from trainonce.worker.copies import assign_tree
 from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
 from trainonce.worker.mirror import Mirror
 from trainonce.worker.operation import OpState
-from trainonce.worker.values import LazyMean, outline
+from trainonce.worker.values import MAX_MEANS, LazyMean, outline
 from trainonce.worker.variables import Variables
 
 if TYPE_CHECKING:
@@ -190,7 +191,10 @@ class LocalState:
             raise EncodingError(
                 f"run.state cannot be kept: {error.message}", hint=error.hint
             ) from error
-        values = self.values.encode(position if final else None, means)
+        if final:
+            values = self.values.encode(position, means)
+        else:  # nobody comes again to what is past once this step is committed
+            values = self.values.encode(None, means, lambda at: self._cursor.is_live(at, position))
         return join([encoded, self._variables, *values])
 
     def _encode_head(self, head: dict[str, Any], returns: Any) -> bytes:
@@ -235,8 +239,7 @@ class LocalState:
     def returned(self) -> Any:
         """Return the outline of what the last committed step returned; None if that is lost."""
         position = self._cursor.committed
-        known, value = self.values.get(position) if position is not None else (False, None)
-        return outline(value) if known else value
+        return None if position is None else outline(self.values.get(position)[1])
 
     def return_to_commit(self, caller: FrameType) -> None:
         """Put `run.state` and the script's variables back to those of the last commit.
@@ -269,12 +272,15 @@ class LocalState:
         self._opening = record.get("opening")
         self.variables.restore(variables, self._opening[1] if self._opening else b"")
         self._variables = bytes(variables)
-        means = [LazyMean(local) for local in record["means"]]
+        # Of those that its process did not come to, the others know the average.
+        unknown = [math.nan] * (MAX_MEANS - len(record["means"]))
+        means = [LazyMean(local, i) for i, local in enumerate((*record["means"], *unknown))]
         self._cursor.committed = record["position"]
         self._cursor.behind = record["position"] is not None
         self.values.restore(values, means)
         if record["position"] is not None:
-            self.values.expect(record["position"], returned or record["returns"], commits)
+            shape = record["returns"] if returned is None else returned
+            self.values.expect(record["position"], shape, commits, means)
         assign_tree(self.user, record["state"])
         protected.load_local_buffers(record["buffers"])
         protected.modes.load(record.get("modes", {}))

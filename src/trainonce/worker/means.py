@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 
@@ -65,5 +63,3 @@ class Means:
             self._waiting = []
             return
         self._reduced_at = commits
-        if not self._waiting:
-            self._waiting = [LazyMean(math.nan)]

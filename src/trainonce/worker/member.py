@@ -184,6 +184,8 @@ class Member:
         self._runner.begin_at(commits, started_at=commits)
         self._durable.start_at(commits)
         self._runner.announce_ready(source)
+        if source:
+            self._runner.means.reduce(commits)
 
     def _resume(self, folder: str) -> tuple[int, str]:
         """Load the newest state that there is outside the processes, if any.

@@ -100,6 +100,12 @@ class Replay:
                 self.lost_at = commits
                 lost_value = ValueLost(rank=self._promotion.rank, step=commits)
                 self._notify(Report(event=lost_value.to_record()))
+                self._warn(
+                    "value-lost",
+                    f"what rank {self._promotion.rank} returned from step {commits} went down with"
+                    " its process: the script gets trainonce.LOST for it (averages of run.mean are"
+                    " known, without this rank's share)",
+                )
         return value if known else lost(value)
 
     def finish(self, caller: FrameType) -> int:

@@ -626,7 +626,7 @@ class Runner:
     def mean(self, value: torch.Tensor | float) -> LazyMean:
         """Return the average of `value` over all ranks, reduced after the commit."""
         local = value.detach() if isinstance(value, torch.Tensor) else value
-        mean = LazyMean(float(local))
+        mean = LazyMean(float(local), len(self.execution.means) if self.execution else 0)
         if self.execution is None:
             if self.rehearsing:
                 return mean

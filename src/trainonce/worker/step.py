@@ -136,11 +136,10 @@ class Step(Generic[P, R]):
         try:
             runner.begin(execution)
             try:
-                value = self.function(*args, **kwargs)
+                return runner.complete(execution, self.function(*args, **kwargs))
             except BaseException as error:
                 runner.failure = error
                 raise
-            return runner.complete(execution, value)
         finally:
             runner.inside = False
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from trainonce.errors import StepError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 _WENT_DOWN = "trainonce.LOST stands for what a step returned whose process died after its update"
@@ -111,10 +111,13 @@ LOST: Final = Lost()
 
 
 def outline(value: Any) -> Any:
-    """Return the tuples and dicts that `value` is made of, with None for everything else.
+    """Return the tuples and dicts that `value` is made of, and None for everything else.
 
-    Dicts with other keys than text and integers count as everything else.
+    A mean is told by its place among those of its step. Dicts with other keys than text and
+    integers count as everything else.
     """
+    if isinstance(value, LazyMean):
+        return value.place
     if type(value) is tuple:
         return tuple(outline(each) for each in value)
     if type(value) is dict and all(type(key) in (str, int) for key in value):
@@ -122,13 +125,22 @@ def outline(value: Any) -> Any:
     return None
 
 
+def with_means(shape: Any, means: Sequence[LazyMean]) -> Any:
+    """Return an outline with the means of its step in their places."""
+    if type(shape) is tuple:
+        return tuple(with_means(each, means) for each in shape)
+    if type(shape) is dict:
+        return {key: with_means(each, means) for key, each in shape.items()}
+    return means[shape] if type(shape) is int and shape < len(means) else None
+
+
 def lost(shape: Any) -> Any:
-    """Return LOST in the form of an outline."""
+    """Return LOST in the form of an outline; averages in it are known."""
     if type(shape) is tuple:
         return tuple(lost(each) for each in shape)
     if type(shape) is dict:
         return {key: lost(each) for key, each in shape.items()}
-    return LOST
+    return shape if isinstance(shape, LazyMean | float) else LOST
 
 
 MAX_MEANS = 8
@@ -143,10 +155,12 @@ class LazyMean:
 
     Args:
         local: This rank's value.
+        place: Its place among the means of its step.
     """
 
-    def __init__(self, local: float) -> None:
+    def __init__(self, local: float, place: int) -> None:
         self.local = local
+        self.place = place
         self._read: Callable[[], float] | None = None
 
     def resolve(self, read: Callable[[], float]) -> None:
@@ -222,10 +236,10 @@ _MEAN = "\0trainonce.mean"
 def pack_value(value: Any, means: list[LazyMean]) -> Any:
     """Return `value` with its means replaced by their places in `means`.
 
-    Means of earlier steps are no longer reduced anew; their local values stand for them.
+    Means of earlier steps are no longer reduced anew: they are the averages.
     """
     if isinstance(value, LazyMean):
-        return [_MEAN, means.index(value)] if value in means else value.local
+        return [_MEAN, value.place] if value in means else value.item()
     if isinstance(value, dict):
         return {key: pack_value(each, means) for key, each in value.items()}
     if type(value) in (list, tuple):

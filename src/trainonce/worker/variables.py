@@ -177,7 +177,7 @@ class Variables:
             known.changed.update(wanted)
             for name, value in present.items():
                 if name not in wanted and not same(known.first.get(name, value), value):
-                    scope.values[name] = copy_tree(known.first[name])
+                    scope.values[name] = assign_tree(value, copy_tree(known.first[name]))
             for name, value in wanted.items():
                 scope.values[name] = assign_tree(scope.values.get(name), value)
             scope.write()

@@ -122,3 +122,17 @@ def test_what_a_step_changes_after_its_last_collective_is_kept(calm, shaken, fau
     result = shaken("changes_late.py", faults=faults)
     assert result.values("updates") == {0: 12, 1: 12}, result.explain()
     assert result.values_lost == 0
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["kill rank=1 step=10 point=commit", "kill rank=0 step=20 point=commit"],
+        ["kill rank=1 step=12 point=update", "kill rank=0 step=21 point=updated"],
+    ],
+)
+def test_averages_that_a_script_steers_by_are_known_to_a_newcomer(calm, shaken, faults):
+    result = shaken("steered.py", faults=faults)
+    expected = calm("steered.py")
+    assert result.values("averages") == expected.values("averages"), result.explain()
+    assert result.values("seen") == {0: 12, 1: 12}

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from trainonce.worker.kept import KeptValues, join, split
-from trainonce.worker.values import LazyMean
+from trainonce.worker.values import LOST, LazyMean, lost, outline
 
 
 def handed_over(values, latest=None, means=(), restored_means=()):
@@ -33,13 +35,26 @@ def test_a_value_is_encoded_once():
 
 def test_means_that_are_not_reduced_yet_are_those_of_the_newcomer():
     values = KeptValues(pytest.fail)
-    mean = LazyMean(1.5)
+    mean = LazyMean(1.5, 0)
     values.add((0,), (mean, 7), lambda _: True)
-    theirs = LazyMean(2.5)
+    theirs = LazyMean(2.5, 0)
     _, value = handed_over(values, (0,), [mean], [theirs]).get((0,))
     assert value == (theirs, 7)
-    _, settled = handed_over(values, (1,), [LazyMean(9.0)]).get((0,))
+    _, settled = handed_over(values, (1,), [LazyMean(9.0, 0)]).get((0,))
     assert settled == (1.5, 7)
+
+
+def test_of_a_lost_value_the_averages_are_known():
+    values = KeptValues(pytest.fail)
+    mean = LazyMean(math.nan, 1)
+    shape = outline((LazyMean(1.0, 1), 0.5))
+    values.expect((0,), shape, 1, [LazyMean(0.0, 0), mean])
+    known, value = values.get((0,))
+    assert not known
+    assert lost(value) == (mean, LOST)
+    mean.resolve(lambda: 4.0)
+    _, again = handed_over(values, (1,), []).get((0,))
+    assert lost(again) == (4.0, LOST)
 
 
 def test_a_value_without_an_encoding_is_told_and_found_lost():

@@ -53,14 +53,14 @@ def test_a_lost_value_has_the_form_of_the_one_before():
 
 
 def test_means_are_kept_by_their_place_and_old_ones_by_their_value():
-    new, old = LazyMean(1.0), LazyMean(2.0)
+    new, old = LazyMean(1.0, 0), LazyMean(2.0, 1)
     packed = pack_value({"new": new, "old": (old, 3)}, [new])
-    again = LazyMean(1.0)
+    again = LazyMean(1.0, 0)
     assert unpack_value(packed, [again]) == {"new": again, "old": (2.0, 3)}
 
 
 def test_a_mean_shows_its_local_value_until_it_is_reduced():
-    mean = LazyMean(1.5)
+    mean = LazyMean(1.5, 0)
     assert float(mean) == 1.5
     mean.resolve(lambda: 4.0)
     assert f"{mean:.1f}" == "4.0"

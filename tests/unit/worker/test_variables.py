@@ -225,7 +225,7 @@ def test_weights_and_averages_that_a_script_keeps_are_named():
         for step in range(steps):
             batch = {"ids": torch.ones(100)}
             training.call()
-            losses.append(LazyMean(float(step)))
+            losses.append(LazyMean(float(step), 0))
             if step == 1:
                 best = {"0.weight": torch.ones(100), "0.bias": torch.ones(2)}
         return best, losses, batch

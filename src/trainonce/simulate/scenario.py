@@ -96,7 +96,9 @@ class Scenario:
                 hint=f"take {below or self.gpus_per_node} GPUs, or set gpus_per_node",
             )
         if not 0.01 <= self.days <= 36_500:
-            raise ConfigError(f"simulate 0.01 to 36,500 days, not {self.days!r}")
+            raise ConfigError(
+                f"simulate 0.01 to 36,500 days, not {self.days!r}", hint="365 are a year"
+            )
         hint = "a few percent of the job's nodes are usual; --spares auto takes what pays"
         if self.spares is not None and not 0 <= self.spares <= _MAX_SPARES * self.num_nodes:
             raise ConfigError(

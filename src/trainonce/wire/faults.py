@@ -112,6 +112,9 @@ def parse_plan(text: str) -> list[Fault]:
                 f"unknown fault {action!r} in {entry!r}", hint="one of " + ", ".join(ACTIONS)
             )
         values: dict[str, Any] = {}
+        keys = [pair.partition("=")[0] for pair in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ConfigError(f"{twice[0]!r} twice in {entry!r}", hint="write a fault for each")
         for pair in pairs:
             key, equals, value = pair.partition("=")
             try:

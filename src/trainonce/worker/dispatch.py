@@ -271,6 +271,6 @@ def _failure_of(outcome: Callable[[], object]) -> str:
     """Return why an operation of an inner group failed; empty where it did not."""
     try:
         outcome()
-    except RuntimeError as error:
+    except Exception as error:
         return str(error) or type(error).__name__
     return ""

@@ -73,6 +73,8 @@ class CheckpointSettings:
             raise CheckpointError(
                 f"checkpoints every {self.every_s} s", hint="give seconds above 0, or None"
             )
+        if self.keep_last < 1:
+            raise CheckpointError(f"keep_checkpoints is {self.keep_last}", hint="give 1 or more")
 
 
 class Durable:

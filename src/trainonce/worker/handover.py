@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from trainonce.worker.plan import Donation, Plan
     from trainonce.worker.runner import Runner
     from trainonce.worker.sources import Sources
+    from trainonce.worker.step import Step
 
 _POLL_S = 0.005
 
@@ -376,17 +377,9 @@ class Handover:
         try:
             batch = sample()
             for step in runner.steps:
-                rehearsed += call_with_batch(step.function, batch, self._device)
-        except TrainOnceError:
-            raise
+                rehearsed += self._rehearse_step(step, batch)
         except _RehearsalOver:
             rehearsed += 1
-        except Exception as error:
-            runner.notify(
-                Note(
-                    key="rehearsal", text=f"spares cannot rehearse ({error}); they wait as they are"
-                )
-            )
         finally:
             for _, parameter in runner.protected.parameters():
                 parameter.grad = None
@@ -397,3 +390,15 @@ class Handover:
             runner.protected.modes.load(modes)
             runner.rehearsing = False
         return rehearsed
+
+    def _rehearse_step(self, step: Step[Any, Any], batch: Any) -> bool:
+        """Execute one step on a sample batch; tell whether it could be."""
+        try:
+            return call_with_batch(step.function, batch, self._device)
+        except TrainOnceError:
+            raise
+        except Exception as error:
+            name, why = step.function.__name__, str(error).partition("\n")[0]
+            text = f"spares cannot rehearse {name} ({why}); they wait as they are"
+            self._runner.notify(Note(key=f"rehearsal-{name}", text=text))
+            return False

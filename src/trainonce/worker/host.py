@@ -1,4 +1,4 @@
-"""What the process groups ask of the session around them."""
+"""What the process groups ask of the process around them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Superseded(Exception):
 
 
 class Host(Protocol):
-    """The session, as the fabric knows it."""
+    """The process around the fabric: see `handover`."""
 
     # ------------------------------------------------------------------ training threads
 

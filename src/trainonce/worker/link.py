@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Listener(Protocol):
-    """What the session does when the launcher speaks; called on the link's thread."""
+    """What a member of the job does when the launcher speaks; called on the link's thread."""
 
     def on_generation(
         self, message: Generation, mirror_fd: int | None, shadow_fd: int | None

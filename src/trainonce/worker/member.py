@@ -263,9 +263,13 @@ class Member:
             return
         if not self._promotion.done or phase <= Phase.SETUP:
             leave(EXIT_LAUNCHER_LOST)
+        if phase == Phase.ENDING:
+            self._exit.set()  # it writes its last checkpoint as it is
         self._exit_code = EXIT_LAUNCHER_LOST
         self._durable.request(Command.SAVE | Command.STOP, "launcher lost")
-        threading.Timer(_LAUNCHER_LOST_GRACE_S, leave, (EXIT_LAUNCHER_LOST,)).start()
+        timer = threading.Timer(_LAUNCHER_LOST_GRACE_S, leave, (EXIT_LAUNCHER_LOST,))
+        timer.daemon = True
+        timer.start()
 
     def _leave_after_checkpoint(self) -> None:
         sys.stdout.flush()

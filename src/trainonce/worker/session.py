@@ -164,6 +164,13 @@ class Run:
             raise ConfigError(
                 "run.protect was called twice", hint="register everything in one call"
             )
+        if shadow_every is not None and shadow_every < 0:
+            raise ConfigError(f"shadow_every is {shadow_every}", hint="give 0 or more, or None")
+        if verify_replicas_every < 0:
+            raise ConfigError(
+                f"verify_replicas_every is {verify_replicas_every}",
+                hint="give 0 for never, or more",
+            )
         loaders = {name: value for name, value in objects.items() if _is_source(value)}
         protected = Protected({k: v for k, v in objects.items() if k not in loaders})
         if replicas is not None:
@@ -172,8 +179,6 @@ class Run:
         self._runner.verify_every = verify_replicas_every
         for loader in loaders.values():
             self._sources.number(loader)
-        if shadow_every is not None and shadow_every < 0:
-            raise ConfigError(f"shadow_every is {shadow_every}", hint="give 0 or more, or None")
         self._runner.shadow.wanted = shadow_every
         if self._member is not None:
             self._member.agree()
@@ -237,7 +242,7 @@ class Run:
             basis: Where the expectation comes from, such as a result of `trainonce bench levers`.
 
         Raises:
-            ConfigError: `share` is none.
+            ConfigError: `share` is below 0, or 1 and more.
         """
         if not 0.0 <= share < 1.0:
             raise ConfigError(f"share is {share!r}", hint="give at least 0 and less than 1")

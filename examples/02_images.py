@@ -58,10 +58,11 @@ def main() -> None:
     def train_step(images: torch.Tensor, labels: torch.Tensor) -> object:
         model.train()
         loss = functional.cross_entropy(model(images), labels)
+        mean_loss = run.mean(loss.detach())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return run.mean(loss.detach())
+        return mean_loss
 
     @run.step
     def end_epoch() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trainonce.controller.slots import Place
@@ -27,7 +27,7 @@ class WorkerHandle:
     """One worker as the launcher knows it.
 
     `rank` is -1 while it holds none; `slot` is where it runs; `device` is the PCI address of its
-    GPU, empty for none; `stacks_signal` makes it write its stacks, 0 for none.
+    GPU, empty for none; `stacks_signals` make it write its stacks, empty for none.
     """
 
     worker: int
@@ -49,7 +49,7 @@ class WorkerHandle:
     stopped_since_s: float | None = None
     promoted_s: float | None = None
     device: str = ""
-    stacks_signal: int = 0
+    stacks_signals: list[int] = field(default_factory=lambda: [])
 
     @property
     def host(self) -> str:

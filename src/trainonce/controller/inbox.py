@@ -97,7 +97,7 @@ class Inbox:
         job = self._job
         handle.said_hello = True
         handle.device = message.device
-        handle.stacks_signal = message.stacks_signal
+        handle.stacks_signals = message.stacks_signals
         job.slots.note_device(handle.slot, message.device)
         handle.process.trust()
         first = not job.uses_trainonce

@@ -196,6 +196,10 @@ class Supervisor:
 
     def _handle_exits(self, exited: list[WorkerHandle], dying: list[WorkerHandle]) -> None:
         job = self.job
+        if job.uses_trainonce and not job.all_ready:
+            # A rank dies in its first steps, and another's word that it is ready may wait unread.
+            for handle in job.ranked():
+                self.inbox.read_the_rest(handle)
         ended = [handle for handle in dying if self._ends_early(handle)]
         for handle in exited:
             status = handle.process.reap()

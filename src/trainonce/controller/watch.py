@@ -203,7 +203,9 @@ class Watch:
         lines += [str(status) for status in statuses]
         table = job.logs.write(f"{name}.txt", "\n".join(lines) + "\n")
         for handle in job.ranked():
-            if handle.stacks_signal:
-                handle.process.signal_leader(handle.stacks_signal)
+            if handle.stacks_signals:
+                one, every = handle.stacks_signals
+                is_doomed = handle.rank in decision.ranks and decision.action is Action.REPLACE
+                handle.process.signal_leader(every if is_doomed else one)
             path = table.with_name(f"{name}_rank_{handle.rank}_collectives.json").absolute()
             handle.send(DumpCollectives(path=str(path)))

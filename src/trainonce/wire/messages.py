@@ -27,7 +27,8 @@ class Hello:
         preloadable: Whether torch was imported in the environment that the launcher gave: then
             workers forked from a process that did the same are no different.
         device: PCI address of its GPU; empty for none.
-        stacks_signal: Signal at which it writes the stacks of all threads to stderr; 0 for none.
+        stacks_signals: Signals at which it writes the stack of its main thread, and those of all
+            threads, to stderr; empty for none.
     """
 
     worker: int
@@ -35,7 +36,7 @@ class Hello:
     protocol: int = 1
     preloadable: bool = False
     device: str = ""
-    stacks_signal: int = 0
+    stacks_signals: list[int] = field(default_factory=lambda: [])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,18 +15,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Near the end of the real-time signals, where schedulers and libraries send none.
-_STACKS_SIGNAL = signal.SIGRTMAX - 3
+_STACK_SIGNAL = signal.SIGRTMAX - 3
+_ALL_STACKS_SIGNAL = signal.SIGRTMAX - 4
 _LATEST = 200
 
 
-def write_stacks_at_a_signal() -> int:
-    """Have the stacks of all threads written to stderr at a signal; return which.
+def write_stacks_at_signals() -> tuple[int, int]:
+    """Have stacks written to stderr at two signals: of the main thread, and of all threads.
 
     By signal and not by message: its handler is C, so that a thread that hangs with the
-    interpreter's lock in its hands is seen as well.
+    interpreter's lock in its hands is seen as well. Reading the stack of a thread that runs
+    meanwhile may crash the process, so all are for one that is to be killed anyway.
     """
-    faulthandler.register(_STACKS_SIGNAL, file=sys.__stderr__ or 2)
-    return _STACKS_SIGNAL
+    file = sys.__stderr__ or 2
+    faulthandler.register(_STACK_SIGNAL, file=file, all_threads=False)
+    faulthandler.register(_ALL_STACKS_SIGNAL, file=file)
+    return _STACK_SIGNAL, _ALL_STACKS_SIGNAL
 
 
 def write_collectives(path: Path) -> None:

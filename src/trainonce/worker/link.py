@@ -107,7 +107,7 @@ class Link:
                 pid=os.getpid(),
                 preloadable=imports.torch_saw_environment(),
                 device=device,
-                stacks_signal=evidence.write_stacks_at_a_signal(),
+                stacks_signals=list(evidence.write_stacks_at_signals()),
             )
         )
         threading.Thread(

@@ -1,10 +1,11 @@
 """Rank-local state in shared memory that outlives the worker.
 
 The worker makes the memory, the launcher holds a descriptor of it, and whoever takes the
-rank over reads it. Three slots, each with a checksum, hold the last two commits and the state
-announced ahead of the commit in flight: a survivor may stand one commit behind, and then the
-one before the last is asked for. What is announced anew for the same commit replaces what was,
-so that a process killed in the middle of a write leaves both commits intact.
+rank over reads it. Four slots, each with a checksum, hold the last two commits, what was announced
+ahead of the last, and what is announced ahead of the commit in flight: a survivor may stand one
+commit behind until this rank's last collective of the step is complete, and then the one before
+the last is asked for. What is announced anew for the same commit replaces what was, and a commit
+does not, so that a process killed in the middle of a write leaves both commits intact.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trainonce.errors import StateError
 _HEADER = struct.Struct("<4sIQQQII")  # magic, format, serial, commits, length, final, checksum
 _MAGIC = b"TOMi"
 _FORMAT = 1
-_SLOTS = 3
+_SLOTS = 4
 _ALIGN = 4096
 
 

@@ -26,6 +26,8 @@ def test_the_two_commits_before_the_present_write_are_kept(mirror):
     mirror.publish(6, b"early6", final=False)
     assert mirror.find(5).payload == b"final5"
     assert mirror.find(6) == (6, False, b"early6")
+    # A survivor may stand there: nothing was reduced since in which all ranks had to take part.
+    assert mirror.find(4).payload == b"final4"
     assert mirror.find(3) is None
 
 

@@ -68,7 +68,6 @@ class LocalState:
         self.mirror: Mirror | None = None
         self.payload = b""
         """What was published at the last commit."""
-        self._payload_commits = 0
         self._world_size = world_size
         self._promotion = promotion
         self._progress = progress
@@ -111,7 +110,7 @@ class LocalState:
         assert self.mirror is not None
         self.mirror.publish(commits, payload, final=final)
         if final:
-            self.payload, self._payload_commits = payload, commits
+            self.payload = payload
 
     def take_variables(self, caller: FrameType, position: Position | None = None) -> None:
         """Take the script's variables around the call of a step, for the next publication.
@@ -209,8 +208,8 @@ class LocalState:
 
     def _grow_mirror(self, payload_bytes: int) -> None:
         old, self.mirror = self.mirror, Mirror.create(2 * payload_bytes + _SLACK_BYTES)
-        if self.payload:
-            self.mirror.publish(self._payload_commits, self.payload, final=True)
+        for record in old.records() if old is not None else ():
+            self.mirror.publish(record.commits, record.payload, final=record.final)
         message = MirrorMessage(rank=self._promotion.rank, size_bytes=self.mirror.size_bytes)
         self._notify(message, (self.mirror.fd,))
         if old is not None:
@@ -290,5 +289,5 @@ class LocalState:
         self._passes.restore(record.get("passes", {}))
         self._progress["samples"] = record["samples"]
         self._progress["tokens"] = record["tokens"]
-        self.payload, self._payload_commits = payload, commits
+        self.payload = payload
         return means

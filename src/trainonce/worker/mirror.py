@@ -96,6 +96,10 @@ class Mirror:
         found = [(serial, each) for serial, _, each in self._valid() if each.commits == commits]
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
+    def records(self) -> list[Record]:
+        """Return the records that are intact, in the order in which they were published."""
+        return [record for _, _, record in sorted(self._valid(), key=lambda found: found[0])]
+
     def close(self) -> None:
         """Unmap the memory and close the descriptor."""
         self._map.close()

@@ -104,3 +104,16 @@ def test_memory_that_is_no_mirror_is_refused():
     with pytest.raises(StateError, match="too small"):
         Mirror(fd)
     os.close(fd)
+
+
+def test_a_larger_mirror_takes_over_what_the_smaller_one_holds(mirror):
+    for commits in (4, 5):
+        mirror.publish(commits, b"early%d" % commits, final=False)
+        mirror.publish(commits, b"final%d" % commits, final=True)
+    larger = Mirror.create(5000)
+    for record in mirror.records():
+        larger.publish(record.commits, record.payload, final=record.final)
+    larger.publish(6, bytes(4000), final=False)
+    assert larger.find(4).payload == b"final4"
+    assert larger.find(5) == (5, True, b"final5")
+    larger.close()

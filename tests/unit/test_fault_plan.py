@@ -54,6 +54,7 @@ def test_what_is_not_understood_is_refused_with_what_is_allowed(plan, message, h
 @pytest.mark.parametrize(
     ("plan", "num_ranks", "spares", "message"),
     [
+        ("kill rank=0 step=0 point=commit", 2, 1, "before the first"),
         ("kill rank=0; kill rank=7 step=3", 2, 1, r"rank 7 \(kill rank=7 step=3 point=begin\)"),
         ("migrate rank=0 step=4", 1, 1, "wants another rank"),
         ("kill rank=0 point=donate", 1, 1, "wants another rank"),

@@ -174,6 +174,11 @@ def refuse_impossible(plan: Sequence[Fault], *, num_ranks: int, spares: int) -> 
                 f"--chaos wants another rank to give its state ({fault}), and the job has one",
                 hint="raise --nproc-per-node",
             )
+        if fault.point == "commit" and fault.step == 0 and fault.action != "random":
+            raise ConfigError(
+                f"--chaos hits a commit before the first ({fault})",
+                hint="at a commit, step counts those made: the first is step=1",
+            )
         if fault.action == "kill_spare" and not spares:
             raise ConfigError(
                 f"--chaos kills a spare ({fault}), and the job keeps none", hint="add --spares 1"

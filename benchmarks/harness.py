@@ -172,6 +172,13 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def without_paths(text: str) -> str:
+    """Return `text` with no path of this machine: of the project, the environment and Python."""
+    for path, name in ((sys.prefix, ".venv"), (sys.base_prefix, "python"), (str(ROOT), ".")):
+        text = text.replace(path, name)
+    return text
+
+
 def default_hardware() -> str:
     return f"{os.cpu_count()}-core-cpu"
 

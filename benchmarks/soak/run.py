@@ -28,6 +28,7 @@ from harness import (
     environment,
     incidents,
     result_path,
+    without_paths,
     write_result,
 )
 
@@ -86,7 +87,7 @@ def run_job(kind: str, ranks: int, plan: list[str], spares: int = 1) -> dict[str
         "not_injected": [one["detail"] for one in found if not one["chaos"]],
         "steps_lost": sum(incident["steps_lost"] for incident in found),
         "seconds": time.monotonic() - begun_s,
-        "log": done.stderr[-3000:],
+        "log": without_paths(done.stderr)[-3000:],
     }
 
 

@@ -23,7 +23,7 @@ def resume(result, *arguments):
 def test_all_ranks_lost_at_once_go_on_from_the_last_checkpoint(calm, tmp_path):
     # Without a spare: it could take the first rank over before the second gets to its end.
     result = run_job(
-        SCRIPT, "--slow-until-saved", tmp_path, home=tmp_path,
+        SCRIPT, "--every", 0.001, "--until-saved", tmp_path, home=tmp_path,
         chaos="kill rank=0 step=250 point=update; kill rank=1 step=250 point=update",
     )  # fmt: skip
     result.assert_completed()

@@ -177,6 +177,7 @@ def _could_be(recalled: Outcome, kind: str, tensors: list[torch.Tensor]) -> bool
     signature, results = recalled
     if signature.partition("(")[0] != kind:
         return False
-    return all(
-        (one.numel(), one.dtype) == (results[0].numel(), results[0].dtype) for one in tensors[:1]
-    )
+    if not tensors:
+        return True
+    one, kept = tensors[0], results[0]
+    return (one.numel(), one.dtype) == (kept.numel(), kept.dtype)

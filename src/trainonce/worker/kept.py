@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import EncodingError
 from trainonce.wire import encoding
-from trainonce.worker.values import outline, pack_value, unpack_value, with_means
+from trainonce.worker.values import (
+    is_complete,
+    lost,
+    outline,
+    pack_value,
+    unpack_value,
+    with_means,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -118,15 +125,17 @@ class KeptValues:
                 self._commits[position] = rest[0]
 
     def expect(self, position: Position, shape: Any, commits: int, means: list[LazyMean]) -> None:
-        """Know the last commit at `position`; its value is lost unless it is among the restored.
+        """Know the last commit at `position`, whose value need not be among the restored.
 
         Args:
             position: Of the last commit.
-            shape: Outline of what it returned.
+            shape: Outline of what it returned, with what is known of it.
             commits: Committed steps with it.
             means: Its means: averages are known even so.
         """
-        self._values.setdefault(position, (False, with_means(shape, means)))
+        shape = with_means(shape, means)
+        value = (True, lost(shape)) if is_complete(shape) else (False, shape)
+        self._values.setdefault(position, value)
         self._commits[position] = commits
 
 

@@ -19,7 +19,7 @@ from trainonce.worker.copies import assign_tree
 from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
 from trainonce.worker.mirror import Mirror
 from trainonce.worker.operation import OpState
-from trainonce.worker.values import MAX_MEANS, LazyMean, outline
+from trainonce.worker.values import MAX_MEANS, LazyMean, merged, outline
 from trainonce.worker.variables import Variables
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class LocalState:
         self._loops = loops
         self._passes = passes
         self._notify = notify
-        self._head: tuple[dict[str, Any], bytes] | None = None
+        self._head: tuple[dict[str, Any], Any, bytes] | None = None
         self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
         self.variables = Variables()
         self._variables = b""
@@ -91,6 +91,7 @@ class LocalState:
         means: list[LazyMean],
         *,
         final: bool,
+        shares: list[float] | None = None,
         returns: Any = None,
     ) -> None:
         """Write the local state to the mirror.
@@ -101,10 +102,14 @@ class LocalState:
             commits: Committed steps once `position` is committed.
             means: Of that step.
             final: At the commit; else ahead of it, while what the step returns is not known.
-            returns: Outline of what it returned last time.
+            shares: What is averaged, if that is known of more than of `means`.
+            returns: Outline of what it will return, as far as it is known.
         """
         self._keep_results(position)
-        payload = self._encode(protected, position, means, final=final, returns=returns)
+        if shares is None:
+            shares = [mean.local for mean in means]
+        head = self._head_of(protected, position, shares)
+        payload = self._encode(head, position, means, final=final, returns=returns)
         if self.mirror is None or not self.mirror.fits(len(payload)):
             self._grow_mirror(len(payload))
         assert self.mirror is not None
@@ -162,16 +167,10 @@ class LocalState:
         known, value = self.values.get(position)
         return value.get(self._world_size) if known else None
 
-    def _encode(
-        self,
-        protected: Protected,
-        position: Position | None,
-        means: list[LazyMean],
-        *,
-        final: bool,
-        returns: Any,
-    ) -> bytes:
-        head: dict[str, Any] = {
+    def _head_of(
+        self, protected: Protected, position: Position | None, shares: list[float]
+    ) -> dict[str, Any]:
+        return {
             "position": position,
             "opening": (position, b"") if self.opening == position else self._opening,
             "state": self.user,
@@ -180,10 +179,20 @@ class LocalState:
             "modes": protected.modes.read(),
             "loops": self._loops.record(),
             "passes": self._passes.record(),
-            "means": [mean.local for mean in means],
+            "means": shares,
             "samples": self._progress["samples"],
             "tokens": self._progress["tokens"],
         }
+
+    def _encode(
+        self,
+        head: dict[str, Any],
+        position: Position | None,
+        means: list[LazyMean],
+        *,
+        final: bool,
+        returns: Any,
+    ) -> bytes:
         try:
             encoded = self._encode_head(head, returns)
         except EncodingError as error:
@@ -200,10 +209,12 @@ class LocalState:
         # Mostly the same at the commit as ahead of it. What may have changed in place is not
         # compared, but encoded again.
         plain = not (head["state"] or head["buffers"] or head["hooks"])
-        if plain and self._head is not None and self._head[0] == head:
-            return self._head[1]
+        if plain and self._head is not None:
+            before, returned, encoded = self._head
+            if returned is returns and before == head:
+                return encoded
         encoded = encoding.encode({**head, "returns": returns})
-        self._head = (head, encoded) if plain else None
+        self._head = (head, returns, encoded) if plain else None
         return encoded
 
     def _grow_mirror(self, payload_bytes: int) -> None:
@@ -278,7 +289,8 @@ class LocalState:
         self._cursor.behind = record["position"] is not None
         self.values.restore(values, means)
         if record["position"] is not None:
-            shape = record["returns"] if returned is None else returned
+            known = record["returns"]
+            shape = known if returned is None else merged(returned, known)
             self.values.expect(record["position"], shape, commits, means)
         assign_tree(self.user, record["state"])
         protected.load_local_buffers(record["buffers"])

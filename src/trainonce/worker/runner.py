@@ -18,6 +18,7 @@ from trainonce.wire.messages import Drained, Note, Ready, Report
 from trainonce.wire.progress import Phase
 from trainonce.worker.cursor import Cursor
 from trainonce.worker.faults import FaultInjector
+from trainonce.worker.foreseen import reports_of, told
 from trainonce.worker.gate import UpdateGate
 from trainonce.worker.local import LocalState
 from trainonce.worker.loops import Loops
@@ -340,11 +341,10 @@ class Runner:
                     " reduces metrics without this",
                 )
             )
-        fewest = execution.profile.fewest_operations
-        issued = fabric.num_issued() - execution.operations_before
         if not spans_world or protected.hooks:
             return  # hooks change what they keep until the last gradient is reduced
-        if fewest is None or issued + 1 >= fewest:
+        issued = fabric.num_issued() - execution.operations_before
+        if execution.profile.may_be_last(issued):
             self._publish_ahead(execution)
 
     def _publish_ahead(self, execution: Execution, *, looks: bool = True) -> None:
@@ -358,13 +358,20 @@ class Runner:
         assert self.protected is not None
         if looks:
             self.protected.note_local_buffers()
+        foreseen = execution.profile.foreseen
+        if execution.ended:
+            execution.returns = told(execution.value)
+        else:
+            execution.seen = foreseen.look(execution.caller, execution.thread) or execution.seen
+            execution.returns = foreseen.returned(execution.seen, execution.profile.returns)
         self.local.publish(
             self.protected,
             execution.position,
             self.commits + 1,
             execution.means,
             final=False,
-            returns=execution.profile.returns,
+            shares=foreseen.means(execution.seen, execution.means),
+            returns=execution.returns,
         )
         execution.published = True
         self._take_snapshot(execution)
@@ -392,7 +399,6 @@ class Runner:
             dist.all_reduce(votes)
         finally:
             self._meeting = fabric.settling = False
-        execution.operations_before += 1  # not one of the step's own
         if votes.item() > 0:
             execution.profile.changes_late = True
             execution.kind = max(execution.kind, UpdateKind.LATE)
@@ -400,7 +406,7 @@ class Runner:
     def _publish_together(self, execution: Execution) -> None:
         """Where nothing was published ahead of the last collective, wait until all ranks have.
 
-        So it is where a step issues fewer collectives than ever, and with stateful hooks of
+        So it is where a step issues fewer collectives than lately, and with stateful hooks of
         DDP. Otherwise one could commit while another, which has published nothing, dies.
         """
         if self.fabric is not None and self.world_size > 1 and not execution.published:
@@ -440,6 +446,7 @@ class Runner:
 
     def complete(self, execution: Execution, value: Any) -> Any:
         """End a step: commit it, unless its gradients wait for a later one."""
+        execution.value, execution.ended = value, True
         if self.fabric is not None:
             self.fabric.drain_pending()
             self.fabric.early = False
@@ -466,7 +473,7 @@ class Runner:
             self._publish_together(execution)
         self.gate.begin_update()
         try:
-            self._commit(execution, value)
+            self._commit(execution)
             # Within the gate: a recovery sees the commit with what it issues, or neither.
             self._act_at_commit()
             self.means.reduce(self.commits)
@@ -520,9 +527,9 @@ class Runner:
             return True
         return not self.protected.gradients_wait()
 
-    def _commit(self, execution: Execution, value: Any) -> None:
+    def _commit(self, execution: Execution) -> None:
         assert self.protected is not None
-        position, profile = execution.position, execution.profile
+        position, profile, value = execution.position, execution.profile, execution.value
         if self.durable is not None:
             self.durable.adopt(self.durable.read_poll())
         self.cursor.committed = position
@@ -538,11 +545,11 @@ class Runner:
                 self.commits + 1,
                 execution.means,
                 final=True,
-                returns=profile.returns,
+                returns=execution.returns,
             )
-            issued = self.fabric.num_issued() - execution.operations_before
-            fewest = profile.fewest_operations
-            profile.fewest_operations = issued if fewest is None else min(issued, fewest)
+            profile.operations.append(self.fabric.num_issued() - execution.operations_before)
+            means = zip(execution.means, execution.sources, strict=True)
+            profile.foreseen.learn(execution.seen, reports_of(means, value))
             self.fabric.commit()
         kinds = (execution.kind,) if profile.kind is UpdateKind.UNKNOWN else (
             execution.kind, profile.kind
@@ -636,6 +643,7 @@ class Runner:
         if len(self.execution.means) == MAX_MEANS:
             raise StepError(f"a step can reduce at most {MAX_MEANS} means")
         self.execution.means.append(mean)
+        self.execution.sources.append(local)
         return mean
 
     def show_waiting(self, waiting: bool) -> None:

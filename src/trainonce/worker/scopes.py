@@ -68,6 +68,12 @@ class Scope:
         self._seen: dict[str, Any] = dict(values)  # other threads may add to the values
         self._layout = _layout(tuple(self._seen), tuple(map(type, self._seen.values())))
 
+    @classmethod
+    def of(cls, frame: FrameType) -> Scope:
+        """Return the variables of a frame."""
+        is_local = frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        return cls(scope_key(frame), frame.f_locals, frame if is_local else None)
+
     def plain(self) -> tuple[dict[str, Any], list[tuple[str, Measure]]]:
         """Return what may be plain values, and those among them to measure, no numbers."""
         seen = self._seen
@@ -93,18 +99,29 @@ class Scope:
             self.values.clear()
 
 
+def scope_key(frame: FrameType) -> str:
+    """Return what names a frame's function in any process."""
+    return f"{_module_of(frame)}.{frame.f_code.co_qualname}"
+
+
+def is_the_users(frame: FrameType) -> bool:
+    """Tell whether a frame executes code of neither torch nor ours."""
+    return _module_of(frame).partition(".")[0] not in NOT_THE_USERS
+
+
+def _module_of(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
+
+
 def scopes(frame: FrameType) -> Iterator[Scope]:
     """Yield the scopes that lead to `frame`, from the inside out."""
     here: FrameType | None = frame
     for _ in range(_MOST_FRAMES):
         if here is None:
             return
-        module, code = here.f_globals.get("__name__", ""), here.f_code
-        if module.partition(".")[0] not in NOT_THE_USERS:
-            key = f"{module}.{code.co_qualname}"
-            is_local = code.co_flags & inspect.CO_OPTIMIZED
-            scope = Scope(key, here.f_locals, here if is_local else None)
-            objects = _objects(key, scope.leading())
+        if is_the_users(here):
+            scope = Scope.of(here)
+            objects = _objects(scope.key, scope.leading())
             yield scope
             yield from objects
             if scope.values is here.f_globals:

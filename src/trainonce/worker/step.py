@@ -5,10 +5,13 @@ from __future__ import annotations
 import enum
 import functools
 import sys
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
+from trainonce.worker.foreseen import Foreseen
 from trainonce.worker.seeds import derive_seed, seed_generators
 
 if TYPE_CHECKING:
@@ -16,7 +19,9 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from trainonce.worker.cursor import Position
+    from trainonce.worker.foreseen import Sight
     from trainonce.worker.runner import Runner
+    from trainonce.worker.values import LazyMean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,17 +40,30 @@ class UpdateKind(enum.IntEnum):
     """Not executed yet: treated as opaque once."""
 
 
+# Executions whose number of collectives tells what to expect of the next. DDP's buckets change
+# after the first two.
+_REMEMBERED = 4
+
+
 @dataclass
 class StepProfile:
-    """What is known of a step function from its executions in this process."""
+    """What is known of a step function from its executions."""
 
     kind: UpdateKind = UpdateKind.UNKNOWN
-    fewest_operations: int | None = None
-    """Fewest collectives that an execution issued: the last one is not before that many."""
+    operations: deque[int] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    """Collectives that the last executions issued."""
     returns: Any = None
     """Outline of what it returned last."""
+    foreseen: Foreseen = field(default_factory=Foreseen)
     changes_late: bool = False
     """Whether some rank's local state still changes after the last collective, on any rank."""
+
+    def may_be_last(self, issued: int) -> bool:
+        """Tell whether a collective may be the last one, after `issued` others of its step.
+
+        Where it is none of them, ranks wait for each other before the update.
+        """
+        return issued + 1 >= min(self.operations, default=0)
 
 
 class StepProfiles:
@@ -64,16 +82,17 @@ class StepProfiles:
     def to_record(self) -> list[list[Any]]:
         """Return what a newcomer must know, as plain values."""
         return [
-            [key, int(p.kind), p.fewest_operations, p.changes_late]
+            [key, int(p.kind), list(p.operations), p.changes_late, p.foreseen.to_record()]
             for key, p in self._known.items()
         ]
 
     def load(self, record: list[list[Any]]) -> None:
         """Take over what another rank knows."""
-        for key, kind, fewest, late in record:
+        for key, kind, operations, late, foreseen in record:
             profile = self._known.setdefault(key, StepProfile())
-            profile.kind, profile.fewest_operations = UpdateKind(kind), fewest
-            profile.changes_late = late
+            profile.kind, profile.changes_late = UpdateKind(kind), late
+            profile.operations = deque(operations, maxlen=_REMEMBERED)
+            profile.foreseen.load(foreseen)
 
 
 @dataclass
@@ -85,6 +104,7 @@ class Execution:
     begun_mono_ns: int
     caller: FrameType
     """Where the step was called."""
+    thread: int
     operations_before: int = 0
     """Collectives that this interval had issued when the execution began."""
     waited_before_ns: int = 0
@@ -103,7 +123,16 @@ class Execution:
     """They will do so once more before the commit."""
     kind: UpdateKind = UpdateKind.PLAIN
     """What this execution has shown."""
-    means: list[Any] = field(default_factory=lambda: [])
+    means: list[LazyMean] = field(default_factory=lambda: [])
+    sources: list[Any] = field(default_factory=lambda: [])
+    """What each of `means` is the mean of."""
+    seen: Sight = field(default_factory=lambda: {})
+    """What its variables held when local state was published last."""
+    returns: Any = None
+    """Outline of what it returns, as it was published."""
+    ended: bool = False
+    """The function has returned `value`."""
+    value: Any = None
 
 
 class Step(Generic[P, R]):
@@ -131,7 +160,8 @@ class Step(Generic[P, R]):
         caller = sys._getframe(1)
         if runner.cursor.is_committed(position):
             return runner.replay.value(position, caller)
-        execution = Execution(position, self.profile, time.monotonic_ns(), caller)
+        thread = threading.get_ident()
+        execution = Execution(position, self.profile, time.monotonic_ns(), caller, thread)
         runner.inside = True
         try:
             runner.begin(execution)

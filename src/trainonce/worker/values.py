@@ -111,11 +111,13 @@ LOST: Final = Lost()
 
 
 def outline(value: Any) -> Any:
-    """Return the tuples and dicts that `value` is made of, and None for everything else.
+    """Return the tuples and dicts that `value` is made of, and None for what is in them.
 
-    A mean is told by its place among those of its step. Dicts with other keys than text and
-    integers count as everything else.
+    A mean is told by its place among those of its step. What is known is in a list, as None is
+    where a step returned it. Dicts with other keys than text and integers are not looked into.
     """
+    if value is None:
+        return [None]
     if isinstance(value, LazyMean):
         return value.place
     if type(value) is tuple:
@@ -125,21 +127,43 @@ def outline(value: Any) -> Any:
     return None
 
 
+def merged(shape: Any, known: Any) -> Any:
+    """Return the outline `shape` with what `known`, another of the like, knows beside it."""
+    if type(shape) is tuple and type(known) is tuple and len(shape) == len(known):
+        return tuple(map(merged, shape, known))
+    if type(shape) is dict and type(known) is dict:
+        return {key: merged(each, known.get(key)) for key, each in shape.items()}
+    return known if shape is None and type(known) is list else shape
+
+
 def with_means(shape: Any, means: Sequence[LazyMean]) -> Any:
     """Return an outline with the means of its step in their places."""
     if type(shape) is tuple:
         return tuple(with_means(each, means) for each in shape)
     if type(shape) is dict:
         return {key: with_means(each, means) for key, each in shape.items()}
-    return means[shape] if type(shape) is int and shape < len(means) else None
+    if type(shape) is int:
+        return means[shape] if shape < len(means) else None
+    return shape
+
+
+def is_complete(shape: Any) -> bool:
+    """Tell whether all is known that an outline with means stands for, every share included."""
+    if type(shape) is tuple:
+        return all(map(is_complete, shape))
+    if type(shape) is dict:
+        return all(map(is_complete, shape.values()))
+    return not math.isnan(shape.local) if isinstance(shape, LazyMean) else shape is not None
 
 
 def lost(shape: Any) -> Any:
-    """Return LOST in the form of an outline; averages in it are known."""
+    """Return what an outline with means stands for, and LOST for what is not known."""
     if type(shape) is tuple:
         return tuple(lost(each) for each in shape)
     if type(shape) is dict:
         return {key: lost(each) for key, each in shape.items()}
+    if type(shape) is list:
+        return shape[0]
     return shape if isinstance(shape, LazyMean | float) else LOST
 
 

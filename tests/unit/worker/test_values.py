@@ -8,7 +8,17 @@ import torch
 
 import trainonce
 from trainonce.errors import StepError
-from trainonce.worker.values import LOST, LazyMean, lost, outline, pack_value, unpack_value
+from trainonce.worker.values import (
+    LOST,
+    LazyMean,
+    is_complete,
+    lost,
+    merged,
+    outline,
+    pack_value,
+    unpack_value,
+    with_means,
+)
 
 
 def test_lost_lets_logging_go_on():
@@ -65,3 +75,17 @@ def test_a_mean_shows_its_local_value_until_it_is_reduced():
     mean.resolve(lambda: 4.0)
     assert f"{mean:.1f}" == "4.0"
     assert mean.item() == pytest.approx(4.0)
+
+
+def test_what_is_known_of_a_lost_value_is_not_lost():
+    shape, known = outline((0.5, {"loss": 2.0}, None)), (None, {"loss": [2.5]}, [None])
+    assert lost(merged(shape, known)) == (LOST, {"loss": 2.5}, None)
+    assert merged(outline((0.5,)), known) == (None,)  # of another form: not the same step
+    assert not is_complete(merged(shape, known))
+    assert is_complete(merged(outline(0.5), [0.5]))
+
+
+def test_a_mean_is_complete_with_its_share():
+    means = [LazyMean(1.0, 0), LazyMean(math.nan, 1)]
+    assert is_complete(with_means(0, means))
+    assert not is_complete(with_means((0, 1), means))

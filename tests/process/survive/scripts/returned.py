@@ -17,7 +17,7 @@ total = 0.0
 for (x,) in run.batches(loader, max_steps=6):
     out = step(x)
     size, parts = out["parts"]
-    if out["loss"] is trainonce.LOST:
-        assert size is parts is trainonce.LOST
+    if size is trainonce.LOST:
+        assert parts is trainonce.LOST
         print(f"LOST at {run.step_index}", flush=True)
     total += size * out["loss"]

@@ -270,7 +270,7 @@ class Handover:
         if payload is None:
             raise RecoveryError(
                 f"the local state of rank {runner.rank} at step {commits} went down with it",
-                hint="this happens if a step issues fewer collectives than in the executions before it",
+                hint="this happens if a step issues fewer collectives than it did before",
             )
         self._stand_at(commits, record, payload)
         return result

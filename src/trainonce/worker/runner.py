@@ -11,19 +11,18 @@ import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
-from trainonce.errors import CollectiveError, ConfigError, StepError
+from trainonce.errors import ConfigError, StepError
 from trainonce.wire.messages import Drained, Note, Ready, Report
 from trainonce.wire.progress import Phase
 from trainonce.worker.cursor import Cursor
 from trainonce.worker.faults import FaultInjector
-from trainonce.worker.foreseen import reports_of, told
 from trainonce.worker.gate import UpdateGate
 from trainonce.worker.local import LocalState
 from trainonce.worker.loops import Loops
 from trainonce.worker.means import Means
 from trainonce.worker.passes import Passes
+from trainonce.worker.publication import Publication
 from trainonce.worker.replay import Replay
 from trainonce.worker.shadow import Shadow
 from trainonce.worker.shards import copy_holders
@@ -117,6 +116,7 @@ class Runner:
         self.telemetry = Telemetry(progress, self.loops)
         self.means = Means(world_size)
         self.protected: Protected | None = None
+        self.publication: Publication | None = None
         self.steps: list[Step[Any, Any]] = []
         self.commits = 0
         self.rehearsing = False
@@ -139,7 +139,6 @@ class Runner:
         self._calls = 0
         self._at_commit: list[Callable[[], object]] = []
         self.after_commit: list[Callable[[], object]] = []
-        self._meeting = False
 
     @property
     def rank(self) -> int:
@@ -160,6 +159,11 @@ class Runner:
         """Whether a step is under way."""
         return self.execution is not None
 
+    @property
+    def _others(self) -> Publication | None:
+        """What waits for the other ranks, if there are any."""
+        return self.publication if self.world_size > 1 else None
+
     def _parameters(self) -> list[torch.Tensor]:
         return [] if self.protected is None else self.protected.local_parameters()
 
@@ -168,6 +172,8 @@ class Runner:
     def protect(self, protected: Protected) -> None:
         """Take the state that must survive."""
         self.protected = protected
+        if self.fabric is not None:
+            self.publication = Publication(self.fabric, self.local, protected)
         for optimizer in protected.optimizers.values():
             optimizer.register_step_pre_hook(lambda *_: self._before_update())
             optimizer.register_step_post_hook(lambda *_: self.injector.at("updated"))
@@ -184,22 +190,9 @@ class Runner:
         if self.fabric is not None:
             self.fabric.journal.keeps_step = self.shadow.every > 0
 
-    def _completes_together(self, execution: Execution) -> bool:
-        """Whether a step's update waits until all ranks have all they need of the step."""
-        if self.fabric is None or self.world_size == 1:
-            return False
-        # The first execution tells all ranks whether there are messages between some of them.
-        return self._always_together or execution.profile.kind is UpdateKind.UNKNOWN
-
-    @property
-    def _always_together(self) -> bool:
-        fabric = self.fabric
-        assert fabric is not None
-        return fabric.has_subgroups or fabric.messages or self.shadow.every > 0
-
     def expects_messages(self) -> bool:
         """Tell whether the other ranks reckon with messages between some of them now."""
-        if self.fabric is None or self._always_together:
+        if self.publication is None or self.publication.is_always_together:
             return True
         if self.execution is None:
             return self.commits == self.started_at
@@ -305,22 +298,21 @@ class Runner:
         self.protected.check_unchanged()
         self.local.take_variables(execution.caller, execution.position)
         seed_section(self.seed, self.rank, self.commits, self._calls)
-        if self.fabric is not None:
-            execution.operations_before = self.fabric.num_issued()
         if execution.profile.kind >= UpdateKind.OPAQUE:
             self.shadow.wait()
             if self._holds_copies():
                 self.image = self.protected.image()
         self.execution = execution
         if self.fabric is not None:
-            self.fabric.early = self.world_size > 1 and self._always_together
+            execution.operations_before = self.fabric.num_issued()
+            self.fabric.early = self._others is not None and self._others.is_always_together
         self.telemetry.begin_step(execution)
         self.injector.at("begin")
 
     def before_operation(self, *, spans_world: bool) -> None:
         """A collective of the open step is about to be issued."""
-        execution, fabric, protected = self.execution, self.fabric, self.protected
-        if execution is None or fabric is None or protected is None or self._meeting:
+        execution, publication, protected = self.execution, self.publication, self.protected
+        if execution is None or publication is None or protected is None or publication.waits:
             return
         if execution.stepped:
             execution.kind = max(execution.kind, UpdateKind.LATE)
@@ -341,108 +333,46 @@ class Runner:
                     " reduces metrics without this",
                 )
             )
-        if not spans_world or protected.hooks:
-            return  # hooks change what they keep until the last gradient is reduced
-        issued = fabric.num_issued() - execution.operations_before
-        if execution.profile.may_be_last(issued):
-            self._publish_ahead(execution)
-
-    def _publish_ahead(self, execution: Execution, *, looks: bool = True) -> None:
-        """Publish local state for the commit to come, before this rank lets the others commit.
-
-        Args:
-            execution: The step.
-            looks: Whether buffers that have changed by now are ones of forward passes. After the
-                update they may be a part of it, such as the count of a moving average.
-        """
-        assert self.protected is not None
-        if looks:
-            self.protected.note_local_buffers()
-        foreseen = execution.profile.foreseen
-        if execution.ended:
-            execution.returns = told(execution.value)
-        else:
-            execution.seen = foreseen.look(execution.caller, execution.thread) or execution.seen
-            execution.returns = foreseen.returned(execution.seen, execution.profile.returns)
-        self.local.publish(
-            self.protected,
-            execution.position,
-            self.commits + 1,
-            execution.means,
-            final=False,
-            shares=foreseen.means(execution.seen, execution.means),
-            returns=execution.returns,
-        )
-        execution.published = True
-        self._take_snapshot(execution)
-
-    def _take_snapshot(self, execution: Execution) -> None:
-        if execution.profile.kind is UpdateKind.UNKNOWN:
-            assert self.protected is not None
-            execution.snapshot = self.local.snapshot(self.protected)
-
-    def _learn_what_changes_late(self, execution: Execution) -> None:
-        """Find out, in the first execution, whether local state changes after the last collective.
-
-        A process that dies between that and the commit would take the change with it. So from then
-        on all ranks publish at the end, and wait for each other before they commit. Whether they
-        do must be known to all, and `run.state` may change on one of them only.
-        """
-        fabric, protected = self.fabric, self.protected
-        assert fabric is not None
-        assert protected is not None
-        self.local.take_variables(execution.caller)
-        changes = execution.snapshot not in (None, self.local.snapshot(protected))
-        votes = torch.tensor(int(changes))
-        self._meeting = fabric.settling = True
-        try:
-            dist.all_reduce(votes)
-        finally:
-            self._meeting = fabric.settling = False
-        if votes.item() > 0:
-            execution.profile.changes_late = True
-            execution.kind = max(execution.kind, UpdateKind.LATE)
-
-    def _publish_together(self, execution: Execution) -> None:
-        """Where nothing was published ahead of the last collective, wait until all ranks have.
-
-        So it is where a step issues fewer collectives than lately, and with stateful hooks of
-        DDP. Otherwise one could commit while another, which has published nothing, dies.
-        """
-        if self.fabric is not None and self.world_size > 1 and not execution.published:
-            self._publish_ahead(execution, looks=not execution.profile.changes_late)
-            self.barrier()
+        if spans_world:
+            publication.before_operation(execution)
 
     def _before_update(self) -> None:
         execution = self.execution
         if execution is None or self.rehearsing:
             return
-        assert self.protected is not None
         self.injector.at("reduced")
         if not execution.stepped:
-            self._take_snapshot(execution)
-            if execution.profile.changes_late:
-                self.protected.note_local_buffers()
-            self.shadow.wait()
-            kind = execution.profile.kind
-            if self.fabric is not None and self._completes_together(execution):
-                # No rank may commit while another still needs an operation of this step.
-                self.fabric.drain_pending()
-                self.fabric.early = False
-                self._meet(execution, last=False)
-                if execution.meets_again:
-                    kind = max(kind, UpdateKind.LATE)
-            if kind is UpdateKind.PLAIN:
-                self._publish_together(execution)
-                if self.fabric is not None:
-                    # What is in flight may need a recovery to complete, and that the gate.
-                    self.fabric.drain_pending()
-                self.gate.begin_update()
-            elif kind is UpdateKind.LATE and self._holds_copies():
-                self.image = self.protected.image()
+            self._begin_update(execution)
             execution.stepped = True
             self.telemetry.enter(Phase.UPDATING)
         self.injector.at("update")
+
+    def _begin_update(self, execution: Execution) -> None:
+        """Let nothing of the state be given away from here on, or keep a copy of it."""
+        fabric, protected, others = self.fabric, self.protected, self._others
+        assert protected is not None
+        if self.publication is not None:
+            self.publication.take_snapshot(execution)
+        if execution.profile.changes_late:
+            protected.note_local_buffers()
+        self.shadow.wait()
+        kind = execution.profile.kind
+        if fabric is not None and others is not None and others.is_together(execution):
+            # No rank may commit while another still needs an operation of this step.
+            fabric.drain_pending()
+            fabric.early = False
+            others.meet(execution, last=False)
+            if execution.meets_again:
+                kind = max(kind, UpdateKind.LATE)
+        if kind is UpdateKind.PLAIN:
+            if others is not None:
+                others.wait_if_late(execution)
+            if fabric is not None:
+                # What is in flight may need a recovery to complete, and that the gate.
+                fabric.drain_pending()
+            self.gate.begin_update()
+        elif kind is UpdateKind.LATE and self._holds_copies():
+            self.image = protected.image()
 
     def complete(self, execution: Execution, value: Any) -> Any:
         """End a step: commit it, unless its gradients wait for a later one."""
@@ -455,22 +385,9 @@ class Runner:
             self.execution = None
             self.telemetry.leave_step()
             return value
-        if self.fabric is not None and self.world_size > 1:
-            # Bounds how far ranks drift apart, and lets the log of the step before go.
+        if self._others is not None:
             self.shadow.wait()
-            if execution.profile.kind is UpdateKind.UNKNOWN:
-                self._learn_what_changes_late(execution)
-            late = execution.profile.changes_late
-            if late:
-                self.local.take_variables(execution.caller)
-            if self._completes_together(execution):
-                while not execution.agreed or execution.meets_again:
-                    self._meet(execution, last=True)
-            elif late:
-                execution.published = False
-            elif not self.fabric.spanned():
-                self.barrier()
-            self._publish_together(execution)
+            self._others.before_commit(execution)
         self.gate.begin_update()
         try:
             self._commit(execution)
@@ -483,42 +400,6 @@ class Runner:
         self.injector.at("commit")
         self._after_commit()
         return value
-
-    def _meet(self, execution: Execution, *, last: bool) -> None:
-        """Wait for every rank, and learn what the others know of this step.
-
-        Whether they meet once more before the commit is the same for all: if what precedes
-        the update is not all there is, or if something that was sent was not received yet.
-
-        Args:
-            execution: The step.
-            last: This rank has nothing more to issue in it.
-
-        Raises:
-            CollectiveError: Something that was sent in this step was not received in it.
-        """
-        fabric = self.fabric
-        assert fabric is not None
-        self._publish_ahead(execution, looks=not execution.stepped)
-        late = not last and execution.profile.kind >= UpdateKind.LATE
-        votes = [fabric.balance(), int(not last), int(late), int(fabric.has_channels)]
-        sums = torch.tensor(votes, dtype=torch.int64)
-        self._meeting = fabric.settling = True
-        try:
-            dist.all_reduce(sums)
-        finally:
-            self._meeting = fabric.settling = False
-        balance, more, late, messages = sums.tolist()
-        fabric.messages |= messages > 0
-        again = late > 0 or (balance != 0 and more > 0)
-        if balance != 0 and not again:
-            raise CollectiveError(
-                "messages of this step were sent and not received, or the reverse; rank"
-                f" {self.rank} has {fabric.describe_messages()}",
-                hint="receive a message in the step in which it is sent",
-            )
-        execution.meets_again = again
-        execution.agreed = True
 
     def _commits_now(self, execution: Execution) -> bool:
         """Gradients that stay local make a step join the next one that applies them."""
@@ -537,19 +418,8 @@ class Runner:
         self.local.values.add(position, value, self.cursor.is_live, self.commits + 1)
         if not execution.stepped and self.protected.parameters_changed():
             execution.kind = UpdateKind.OPAQUE
-        if self.fabric is not None:
-            self.local.take_variables(execution.caller)
-            self.local.publish(
-                self.protected,
-                position,
-                self.commits + 1,
-                execution.means,
-                final=True,
-                returns=execution.returns,
-            )
-            profile.operations.append(self.fabric.num_issued() - execution.operations_before)
-            means = zip(execution.means, execution.sources, strict=True)
-            profile.foreseen.learn(execution.seen, reports_of(means, value))
+        if self.fabric is not None and self.publication is not None:
+            self.publication.at_commit(execution)
             self.fabric.commit()
         kinds = (execution.kind,) if profile.kind is UpdateKind.UNKNOWN else (
             execution.kind, profile.kind
@@ -605,15 +475,6 @@ class Runner:
         actions, self._at_commit = self._at_commit, []
         for action in actions:
             action()
-
-    def barrier(self) -> None:
-        """Wait for every rank, as an operation of the present interval."""
-        assert self.fabric is not None
-        self.fabric.settling = True
-        try:
-            dist.barrier()
-        finally:
-            self.fabric.settling = False
 
     def _holds_copies(self) -> bool:
         return self.fabric is not None and self.world_size > 1 and self.rank in self.copy_holders

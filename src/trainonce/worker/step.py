@@ -105,6 +105,8 @@ class Execution:
     caller: FrameType
     """Where the step was called."""
     thread: int
+    commits: int
+    """Committed steps before it."""
     operations_before: int = 0
     """Collectives that this interval had issued when the execution began."""
     waited_before_ns: int = 0
@@ -160,8 +162,10 @@ class Step(Generic[P, R]):
         caller = sys._getframe(1)
         if runner.cursor.is_committed(position):
             return runner.replay.value(position, caller)
-        thread = threading.get_ident()
-        execution = Execution(position, self.profile, time.monotonic_ns(), caller, thread)
+        execution = Execution(
+            position, self.profile, time.monotonic_ns(), caller, threading.get_ident(),
+            runner.commits,
+        )  # fmt: skip
         runner.inside = True
         try:
             runner.begin(execution)

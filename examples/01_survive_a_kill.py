@@ -102,11 +102,10 @@ def main() -> None:
     def train_step(batch: torch.Tensor) -> object:
         batch = batch.to(run.device)
         loss = functional.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:])
-        mean_loss = run.mean(loss.detach())  # 5. averaged over the ranks, after the commit
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return mean_loss
+        return run.mean(loss.detach())  # 5. averaged over the ranks, after the commit
 
     for batch in run.batches(loader, max_steps=args.steps):  # 6. resumes where a rank left off
         loss = train_step(batch)

@@ -58,11 +58,10 @@ def main() -> None:
     def train_step(images: torch.Tensor, labels: torch.Tensor) -> object:
         model.train()
         loss = functional.cross_entropy(model(images), labels)
-        mean_loss = run.mean(loss.detach())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return mean_loss
+        return run.mean(loss.detach())
 
     @run.step
     def end_epoch() -> float:

@@ -101,12 +101,11 @@ def main() -> None:
     def train_step(batch: torch.Tensor) -> object:
         batch = batch.to(run.device)
         loss = functional.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:])
-        mean_loss = run.mean(loss.detach())  # 5. averaged over the ranks, after the commit
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return mean_loss
+        return run.mean(loss.detach())  # 5. averaged over the ranks, after the commit
 
     for batch in run.batches(loader, max_steps=args.steps):  # 6. resumes where a rank left off
         loss = train_step(batch)

@@ -34,6 +34,9 @@ PROJECT = EnvVar("TRAINONCE_PROJECT", "project tag under which the ledger books 
 PRECISION = EnvVar("TRAINONCE_PRECISION", "default precision lever for a whole cluster")
 PROFILE_S = EnvVar("TRAINONCE_PROFILE_S", "seconds of each epoch that rank 0 profiles (0)")
 PRELOAD = EnvVar("TRAINONCE_PRELOAD", "0: start spares afresh, not by a fork (1)")
+EXACT_RETURNS_MB = EnvVar(
+    "TRAINONCE_EXACT_RETURNS_MB", "state that is copied for what steps return after updates (100)"
+)
 VARIABLES = EnvVar("TRAINONCE_VARIABLES", "0: variables of the script are not carried over (1)")
 
 # Set by the launcher for its workers; users do not set these.
@@ -50,8 +53,8 @@ SLOT = EnvVar("TRAINONCE_SLOT", "set by the launcher: number of the device to us
 TEST_RECORDS = EnvVar("TRAINONCE_TEST_RECORDS", "set by trainonce.testing: folder for records")
 
 ALL = (
-    HOME, STORE, PROJECT, PRECISION, PRELOAD, VARIABLES, REDUNDANCY, PROFILE_S, JOB, WORKER,
-    CONTROL_FD, PROGRESS_FD, SPARE, SLOT, TEST_RECORDS,
+    HOME, STORE, PROJECT, PRECISION, PRELOAD, EXACT_RETURNS_MB, VARIABLES, REDUNDANCY, PROFILE_S,
+    JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE, SLOT, TEST_RECORDS,
 )  # fmt: skip
 
 

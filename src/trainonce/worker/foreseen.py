@@ -18,13 +18,11 @@ import torch
 
 from trainonce.worker.plain import measures, own_object
 from trainonce.worker.scopes import Scope, is_the_users, scope_key
-from trainonce.worker.values import outline
+from trainonce.worker.values import LazyMean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import CodeType, FrameType
-
-    from trainonce.worker.values import LazyMean
 
 # Elements of what a step returned that are looked for, and entries of one dict or object.
 _MOST_PLACES = 16
@@ -185,10 +183,9 @@ class Foreseen:
         search.origins = agreeing
         search.values.add(_bits(report.value))
         search.executions += 1
-        itself = [origin for origin in agreeing if seen[origin].address == report.address != 0]
-        is_sure = itself or _is_particular(report.value) or len(search.values) > 1
-        if is_sure or search.executions >= _MOST_EXECUTIONS:  # a 1.0 may be equal by chance
-            self._settle(place, (min(itself or agreeing, key=str), report.form))
+        sure = [origin for origin in agreeing if _is_proof(seen[origin], report)]
+        if sure or len(search.values) > 1 or search.executions >= _MOST_EXECUTIONS:
+            self._settle(place, (min(sure or agreeing, key=str), report.form))
 
     def _settle(self, place: Place, known: tuple[Origin, Form] | None) -> None:
         self._known[place] = known
@@ -225,10 +222,25 @@ def reports_of(means: Iterable[tuple[LazyMean, Any]], value: Any) -> Iterator[tu
         yield place, Report(element, form, _address(element))
 
 
-def told(value: Any) -> Any:
-    """Return the outline of what a step returned, with its scalars, each in a list."""
-    elements = dict(_elements(value))
-    return _filled(outline(value), lambda at: [elements[at]] if at in elements else None)
+def stood_in_variables(seen: Sight, means: Iterable[tuple[LazyMean, Any]], value: Any) -> bool:
+    """Tell whether all that an execution has reported was seen, and hardly by chance.
+
+    Args:
+        seen: At the last look.
+        means: With what each is the mean of.
+        value: What the step returned.
+    """
+    return _is_of_scalars(value) and all(
+        any(_agrees(scalar, report) and _is_proof(scalar, report) for scalar in seen.values())
+        for _, report in reports_of(means, value)
+    )
+
+
+def _is_of_scalars(value: Any) -> bool:
+    if type(value) in (tuple, dict):
+        parts = value.values() if type(value) is dict else value
+        return len(value) <= _MOST_PLACES and all(map(_is_of_scalars, parts))
+    return value is None or isinstance(value, LazyMean) or is_scalar(value)
 
 
 def _filled(
@@ -328,7 +340,13 @@ def _bits(value: Any) -> Any:
     return struct.pack("<d", value) if type(value) is float else (type(value), value)
 
 
-def _is_particular(value: Any) -> bool:
-    """Tell whether a number is hardly met by chance: it is no multiple of 1 / 4096."""
+def _is_proof(scalar: Scalar, report: Report) -> bool:
+    """Tell whether a variable that agrees with a report does so hardly by chance.
+
+    It is the tensor reported, or a number that is no multiple of 1 / 4096.
+    """
+    if report.address and scalar.address == report.address:
+        return True
+    value = report.value
     number = value.item() if isinstance(value, torch.Tensor) else value
     return type(number) is float and number % 2**-12 != 0

@@ -7,6 +7,7 @@ others commit, and again at the commit, then with what the step returned.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,17 @@ class LocalState:
         if final:
             self.payload = payload
 
+    def keep_value(self, position: Position, value: Any, commits: int) -> None:
+        """Keep what the step at `position` returned, which is committed now or next.
+
+        Args:
+            position: Of the step.
+            value: What it returned.
+            commits: Committed steps with it.
+        """
+        is_live = functools.partial(self._cursor.is_live, latest=position)
+        self.values.add(position, value, is_live, commits)
+
     def take_variables(self, caller: FrameType, position: Position | None = None) -> None:
         """Take the script's variables around the call of a step, for the next publication.
 
@@ -199,11 +211,9 @@ class LocalState:
             raise EncodingError(
                 f"run.state cannot be kept: {error.message}", hint=error.hint
             ) from error
-        if final:
-            values = self.values.encode(position, means)
-        else:  # nobody comes again to what is past once this step is committed
-            values = self.values.encode(None, means, lambda at: self._cursor.is_live(at, position))
-        return join([encoded, self._variables, *values])
+        # Once this step is committed, nobody comes again to what is past.
+        is_live = None if final else functools.partial(self._cursor.is_live, latest=position)
+        return join([encoded, self._variables, *self.values.encode(position, means, is_live)])
 
     def _encode_head(self, head: dict[str, Any], returns: Any) -> bytes:
         # Mostly the same at the commit as ahead of it. What may have changed in place is not

@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from trainonce.errors import CollectiveError
-from trainonce.worker.foreseen import reports_of, told
+from trainonce import settings
+from trainonce.errors import CollectiveError, ConfigError
+from trainonce.wire.messages import Note
+from trainonce.worker.foreseen import reports_of, stood_in_variables
 from trainonce.worker.step import UpdateKind
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from trainonce.worker.fabric import Fabric
     from trainonce.worker.local import LocalState
     from trainonce.worker.state import Protected
     from trainonce.worker.step import Execution
+
+# Copies of a smaller state are not worth a word.
+_TOLD_BYTES = 1 << 20
+_MOST_COPIED_MB = 100.0
 
 
 class Publication:
@@ -33,12 +39,20 @@ class Publication:
         fabric: Carries out the collectives in which ranks wait for each other.
         local: What is published.
         protected: Knows the buffers that differ by rank.
+        notify: Tells the launcher.
     """
 
-    def __init__(self, fabric: Fabric, local: LocalState, protected: Protected) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        local: LocalState,
+        protected: Protected,
+        notify: Callable[[Note], object],
+    ) -> None:
         self._fabric = fabric
         self._local = local
         self._protected = protected
+        self._notify = notify
         self.waits = False
         """Whether ranks wait for each other now, in a collective of ours."""
 
@@ -62,12 +76,12 @@ class Publication:
         """
         if looks:
             self._protected.note_local_buffers()
-        foreseen = execution.profile.foreseen
+        profile, foreseen = execution.profile, execution.profile.foreseen
         if execution.ended:
-            execution.returns = told(execution.value)
-        else:
+            self._local.keep_value(execution.position, execution.value, execution.commits + 1)
+        elif not profile.changes_late:  # else it is published once more at its end
             execution.seen = foreseen.look(execution.caller, execution.thread) or execution.seen
-            execution.returns = foreseen.returned(execution.seen, execution.profile.returns)
+            execution.returns = foreseen.returned(execution.seen, profile.returns)
         self._local.publish(
             self._protected,
             execution.position,
@@ -98,8 +112,8 @@ class Publication:
         )
         profile = execution.profile
         profile.operations.append(self._fabric.num_issued() - execution.operations_before)
-        means = zip(execution.means, execution.sources, strict=True)
-        profile.foreseen.learn(execution.seen, reports_of(means, execution.value))
+        if not profile.changes_late:
+            profile.foreseen.learn(execution.seen, reports_of(execution.shares(), execution.value))
 
     # ------------------------------------------------------------------ with the other ranks
 
@@ -146,18 +160,31 @@ class Publication:
     def _learn_what_changes_late(self, execution: Execution) -> None:
         """Find out, in the first execution, whether local state changes after the last collective.
 
-        A process that dies between that and the commit would take the change with it. So from then
-        on all ranks publish at the end, and wait for each other before they commit. Whether they
-        do must be known to all, and `run.state` may change on one of them only.
+        So it does with what the step reports, if no variable held that before. A process that dies
+        between that and the commit would take the change with it. So from then on all ranks publish
+        at the end, and wait for each other before they commit. Whether they do must be known to
+        all, and `run.state` may change on one of them only.
         """
         self._local.take_variables(execution.caller)
         changes = execution.snapshot not in (None, self._local.snapshot(self._protected))
-        votes = torch.tensor(int(changes))
+        votes = torch.tensor(int(changes or self._reports_late(execution)))
         with self._waiting():
             dist.all_reduce(votes)
         if votes.item() > 0:
             execution.profile.changes_late = True
             execution.kind = max(execution.kind, UpdateKind.LATE)
+
+    def _reports_late(self, execution: Execution) -> bool:
+        """Tell whether a first execution reported what is worth waiting for in later ones."""
+        if stood_in_variables(execution.seen, execution.shares(), execution.value):
+            return False
+        if not execution.stepped:  # nothing has to be copied
+            return True
+        size, most = self._protected.num_bytes(), _most_copied_bytes()
+        is_exact = size <= most and not self.is_always_together
+        if self._fabric.rank == 0 and (size > _TOLD_BYTES or not is_exact):
+            self._notify(Note(key="late-report", text=_late_report(size, most, exact=is_exact)))
+        return is_exact
 
     def meet(self, execution: Execution, *, last: bool) -> None:
         """Wait for every rank, and learn what the others know of this step.
@@ -203,3 +230,27 @@ class Publication:
             yield
         finally:
             self.waits = self._fabric.settling = False
+
+
+def _most_copied_bytes() -> float:
+    given = settings.EXACT_RETURNS_MB.get()
+    try:
+        return 1e6 * (_MOST_COPIED_MB if given is None else float(given))
+    except ValueError:
+        raise ConfigError(
+            f"{settings.EXACT_RETURNS_MB.name} is {given!r}", hint="give a number of megabytes"
+        ) from None
+
+
+def _late_report(size: int, most: float, *, exact: bool) -> str:
+    told = (
+        f"ranks 0 and 1 copy the state ({size / 1e6:.0f} MB) before each update, so that"
+        if exact
+        else f"the state ({size / 1e6:.0f} MB) is not copied for that ({most / 1e6:.0f} MB at most,"
+        f" {settings.EXACT_RETURNS_MB.name}), so"
+    )
+    lost = "it is known" if exact else "it is trainonce.LOST"
+    return (
+        f"a step returns or averages what no variable held before its update: {told} {lost} where a"
+        " process dies there. Computed before loss.backward() it costs nothing, and is known"
+    )

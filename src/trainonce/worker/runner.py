@@ -173,7 +173,7 @@ class Runner:
         """Take the state that must survive."""
         self.protected = protected
         if self.fabric is not None:
-            self.publication = Publication(self.fabric, self.local, protected)
+            self.publication = Publication(self.fabric, self.local, protected, self.notify)
         for optimizer in protected.optimizers.values():
             optimizer.register_step_pre_hook(lambda *_: self._before_update())
             optimizer.register_step_post_hook(lambda *_: self.injector.at("updated"))
@@ -415,7 +415,7 @@ class Runner:
             self.durable.adopt(self.durable.read_poll())
         self.cursor.committed = position
         self.means.commit(execution.means)
-        self.local.values.add(position, value, self.cursor.is_live, self.commits + 1)
+        self.local.keep_value(position, value, self.commits + 1)
         if not execution.stepped and self.protected.parameters_changed():
             execution.kind = UpdateKind.OPAQUE
         if self.fabric is not None and self.publication is not None:

@@ -136,6 +136,10 @@ class Execution:
     """The function has returned `value`."""
     value: Any = None
 
+    def shares(self) -> list[tuple[LazyMean, Any]]:
+        """Return its means, with what each is the mean of."""
+        return list(zip(self.means, self.sources, strict=True))
+
 
 class Step(Generic[P, R]):
     """A function whose calls are exactly once.

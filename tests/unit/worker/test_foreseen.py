@@ -4,10 +4,9 @@ import math
 import sys
 import threading
 
-import pytest
 import torch
 
-from trainonce.worker.foreseen import Foreseen, reports_of, told
+from trainonce.worker.foreseen import Foreseen, reports_of, stood_in_variables
 from trainonce.worker.values import LazyMean, outline
 
 
@@ -162,10 +161,16 @@ def test_looking_keeps_no_tensor_alive():
     assert [job.execute(step)[1] for _ in range(3)] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("value", [None, 1.5, (1, {"a": torch.tensor(2.0)}), [1.0]])
-def test_what_was_returned_is_told_by_its_scalars(value):
-    found = told(value)
-    if isinstance(value, tuple):
-        assert found == ([1], {"a": [torch.tensor(2.0)]})
-    else:
-        assert found == (None if isinstance(value, list) else [value])
+def test_what_stood_in_no_variable_is_told_from_what_did():
+    loss = torch.tensor(0.3)
+    seen = Job().foreseen.look(sys._getframe().f_back, threading.get_ident())
+    assert stood_in_variables(seen, [], (loss, {"loss": loss.item()}, None))
+    assert stood_in_variables(seen, [(LazyMean(loss.item(), 0), loss)], None)
+    assert not stood_in_variables(seen, [(LazyMean(0.6, 0), 2 * loss)], None)
+    assert not stood_in_variables(seen, [], 2 * loss)
+    assert not stood_in_variables(seen, [], [loss])
+    assert not stood_in_variables(seen, [], loss.new_zeros(2))
+    assert not stood_in_variables(seen, [], "text")
+    one = 1.0
+    seen = Job().foreseen.look(sys._getframe().f_back, threading.get_ident())
+    assert not stood_in_variables(seen, [], one)  # equal by chance, perhaps

@@ -72,6 +72,7 @@ class OptimizerStates:
         shape: list[int],
         device: str,
         split: dict[str, Any] | None,
+        strides: list[int] | None,
     ) -> torch.Tensor | None:
         """Return this rank's part of a tensor to receive into, made if it is missing.
 
@@ -81,6 +82,7 @@ class OptimizerStates:
             shape: Of this rank's part.
             device: Type of the device that it is on elsewhere.
             split: How it is split between ranks, from `describe_split`.
+            strides: Of this rank's part, None if contiguous: fused optimizers go by memory.
 
         Returns:
             None if there is no such optimizer or parameter.
@@ -92,9 +94,11 @@ class OptimizerStates:
         warm = self._warm.get(place.parameter, {}).pop(place.key, None)
         present = state.get(place.key, warm)
         local = None if present is None else local_of(present)
-        if local is None or local.dtype != dtype or list(local.shape) != shape:
+        if local is None or (local.dtype, *_form(local)) != (dtype, shape, strides):
             where = place.parameter.device if device != "cpu" else torch.device("cpu")
             local = torch.empty(shape, dtype=dtype, device=where)
+            if strides is not None:
+                local = torch.empty_strided(shape, strides, dtype=dtype, device=where)
             present = restore_split(local, split, place.parameter)
         state[place.key] = present
         return local
@@ -221,3 +225,12 @@ def _owner_of(name: str) -> str:
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def strides_of(tensor: torch.Tensor) -> list[int] | None:
+    """Return the strides of a tensor, None if it is contiguous."""
+    return None if tensor.is_contiguous() else list(tensor.stride())
+
+
+def _form(tensor: torch.Tensor) -> tuple[list[int], list[int] | None]:
+    return list(tensor.shape), strides_of(tensor)

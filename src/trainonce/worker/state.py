@@ -28,7 +28,7 @@ from trainonce.wire import encoding
 from trainonce.worker.copies import copy_tree
 from trainonce.worker.hooks import HookStates
 from trainonce.worker.modes import Modes
-from trainonce.worker.optimizers import OptimizerStates
+from trainonce.worker.optimizers import OptimizerStates, strides_of
 from trainonce.worker.shards import (
     describe_split,
     shard_key,
@@ -297,6 +297,9 @@ class Protected:
                 [name, str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type]
                 for name, t in image.tensors
             ],
+            "strides": {
+                name: strides for name, t in image.tensors if (strides := strides_of(t)) is not None
+            },
             "splits": {name: split for name, split in splits.items() if split is not None},
             "small": base64.b64encode(encoded).decode(),
         }
@@ -321,7 +324,8 @@ class Protected:
             tensor = mine.get(name)
             if tensor is None and "/" in name:
                 split = record["splits"].get(name)
-                tensor = self.states.slot(name, dtype, shape, device, split)
+                strides = record.get("strides", {}).get(name)
+                tensor = self.states.slot(name, dtype, shape, device, split, strides)
             if tensor is None or tensor.dtype != dtype or list(tensor.shape) != shape:
                 here = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
                 raise StateMismatchError(
@@ -394,7 +398,8 @@ class Protected:
                     hint="build the model that it was written with; of a pipeline's stages, resume"
                     " on the same mesh",
                 )
-        self.prepare({**record, "layout": layout, "splits": splits})
+        strides = {n: each for n, each in record.get("strides", {}).items() if n not in splits}
+        self.prepare({**record, "layout": layout, "splits": splits, "strides": strides})
         for part in parts:
             self.states.load_scalars(encoding.decode(base64.b64decode(part["small"]))["scalars"])
         everything = self.whole()

@@ -154,3 +154,31 @@ def test_gradients_left_behind_by_a_commit_do_not_wait_and_new_ones_do():
     assert not protected.gradients_wait()
     model(torch.randn(8, 4)).sum().backward()
     assert protected.gradients_wait()
+
+
+def test_state_of_channels_last_weights_lies_in_memory_as_it_did():
+    """A fused optimizer goes by memory: state that lies otherwise than its weight is mixed up."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        conv = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(conv.parameters(), lr=1e-2, fused=True)
+        return Protected({"model": conv, "optimizer": optimizer}), conv, optimizer
+
+    def train(conv, optimizer):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+        conv(x.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    given, *donor = build(0)
+    train(*donor)
+    given.capture()
+    taken, *newcomer = build(1)
+    found = taken.prepare(given.describe(given.live()))
+    for (_, target), (_, source) in zip(found, given.live().tensors, strict=True):
+        target.data.copy_(source.data)
+        assert target.stride() == source.stride()
+    train(*donor)
+    train(*newcomer)
+    assert torch.equal(donor[0].weight, newcomer[0].weight)

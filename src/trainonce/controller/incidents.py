@@ -126,6 +126,12 @@ class IncidentTracker:
             elif report.digest and not newcomer:
                 incident.given.add(report.digest)
 
+    def note_taken_back(self, rank: int) -> None:
+        """Note that the worker that was to be moved away goes on with `rank`."""
+        for incident in self.open:
+            if incident.ranks == [rank] and (incident.planned or not incident.announced):
+                incident.served_by = "predecessor"
+
     def recovered(self, *, restarted_at: int | None = None, from_shadow: bool = False) -> None:
         """Note that all ranks are consistent; after a restart, at which step, and from where."""
         now = self._clock.mono_s()
@@ -232,9 +238,13 @@ def what_happened(event: Incident | OpenIncident) -> str:
         "recovery": f"{who} {pids} could not be rebuilt: {detail}",
         "hang": f"{who} {pids} hung: {detail}",
         "connection": f"the connection between the ranks broke ({detail})",
-        "migration": f"{who} {pids} moved {_why_moved(event)}",
+        "migration": f"{who} {pids} {_was_moved(event)} {_why_moved(event)}",
     }.get(event.cause, f"{who} {pids}: {event.cause}, {detail}")
     return f"{what} at step {event.step}"
+
+
+def _was_moved(event: Incident | OpenIncident) -> str:
+    return "was to move" if event.served_by == "predecessor" else "moved"
 
 
 def _why_moved(event: Incident | OpenIncident) -> str:
@@ -255,6 +265,7 @@ def _how_served(event: Incident) -> str:
         f" took {place}",
         "shadow": "the state came from its shadow",
         "reform": "the same ranks connected again",
+        "predecessor": "the process that was to be moved away goes on with the rank",
         "restart": "all ranks were started again from the beginning",
         "checkpoint": "all ranks went on from the last checkpoint",
     }.get(event.served_by, "")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # A worker that is started for a move may land on the very device that is to be left.
 _MAX_STARTS = 4
+# A successor may have died by accident; two say something about successors.
+_MAX_FAILURES = 2
 
 
 @dataclass(eq=False)
@@ -38,6 +40,7 @@ class _Move:
     detected_by: str
     asked_in: tuple[int, int] | None = None
     started: int = 0
+    failures: int = 0
     incident: OpenIncident | None = None
 
 
@@ -140,10 +143,11 @@ class Migration:
         self._recovery.hand_over(handle)
 
     def _put_off(self, why: str) -> None:
-        """The drained worker goes on; the move is over if its successor is to blame (`why`)."""
+        """The drained worker goes on, and moves later; not if successors are to blame (`why`)."""
         move = self._moves[0]
         move.incident = None
-        if why:
+        move.failures += bool(why)
+        if move.failures == _MAX_FAILURES:
             self._moves.popleft()
             move.answer(False, f"rank {move.rank} stays where it is: {why}")
 

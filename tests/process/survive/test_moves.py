@@ -33,6 +33,10 @@ def test_a_kill_at_the_very_commit_at_which_the_other_drains(shaken):
     result.assert_fired("kill", rank=0, point="between", served_by="rebuild")
 
 
-def test_a_successor_that_dies_leaves_the_rank_where_it_was(shaken):
-    result = shaken("basic.py", faults=[SLOW, MOVE, "kill rank=0 step=10 point=promotion"])
+def test_a_successor_that_dies_leaves_the_rank_where_it_was_until_the_next(shaken):
+    result = shaken(
+        "basic.py", "--steps", 200, faults=[SLOW, MOVE, "kill rank=0 step=10 point=promotion"],
+        perhaps=["kill rank=0 step=9 point=promotion"],
+    )  # fmt: skip
     result.assert_fired("kill", rank=0, point="promotion", served_by="predecessor")
+    assert result.incidents[-1].served_by == "migration", result.explain()

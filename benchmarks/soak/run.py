@@ -104,6 +104,8 @@ def run_job(kind: str, ranks: int, plan: list[str], spares: int = 1) -> dict[str
         "fired": [event["fault"] for event in fired],
         "causes": Counter(incident["cause"] for incident in found),
         "served_by": Counter(incident["served_by"] for incident in found),
+        # From the word that a rank stands still until all ranks are consistent.
+        "moves_s": [one["recovery_s"] for one in found if one["served_by"] == "migration"],
         "not_injected": [one["detail"] for one in found if not one["chaos"]],
         "steps_lost": sum(incident["steps_lost"] for incident in found),
         "seconds": time.monotonic() - begun_s,

@@ -116,6 +116,8 @@ class IncidentTracker:
         """Take in what a rank said when it joined."""
         for incident in self.open:
             incident.formed_step = max(incident.formed_step, report.step)
+            if incident.served_by == "predecessor":
+                continue  # nothing had to be moved for it
             incident.bytes_moved += report.bytes_moved
             # A drained rank stood at a commit: its successor begins the step, and repeats none.
             incident.recomputed += 0 if incident.planned else report.recompute

@@ -18,7 +18,10 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,22 +45,38 @@ _POINTS = ("loader", "begin", "forward", "backward", "collective", "reduced", "u
 _TIMEOUT_S = 600
 
 
-def draw_plan(generator: random.Random, kind: str, ranks: int, faults: int) -> list[str]:
+def draw_plan(
+    generator: random.Random, kind: str, ranks: int, faults: int, *,
+    actions: Sequence[str] = _ACTIONS, moves: bool = False,
+) -> list[str]:  # fmt: skip
     """Return faults at least two steps apart, so that a replica is always left.
 
     In neighbouring steps it need not be: a rank that has committed the first of them is in the
     second while another is still about to die in the first.
+
+    Args:
+        generator: Draws.
+        kind: Of job.
+        ranks: How many.
+        faults: How many.
+        actions: What to draw from.
+        moves: Another rank is asked to move in the step before each fault of a worker.
     """
     committed = STEPS // 3 if kind == "accumulate" else STEPS
-    drawn = sorted(generator.sample(range(1, committed - faults), faults))
+    apart = 2 if moves else 1
+    drawn = sorted(generator.sample(range(1, committed - apart * faults), faults))
     found: list[str] = []
-    for step in (each + place for place, each in enumerate(drawn)):
+    for step in (each + apart * place for place, each in enumerate(drawn)):
         if kind == "evaluation" and step % EVALUATE_EVERY == EVALUATE_EVERY - 1:
             continue  # an evaluation commits too, and has neither gradients nor an update
-        action = generator.choice(_ACTIONS)
+        action = generator.choice(actions)
         entry = f"{action} step={step}"
         if action not in ("reset", "kill_spare"):
-            entry += f" rank={generator.randrange(ranks)}"
+            rank = generator.randrange(ranks)
+            entry += f" rank={rank}"
+            if moves and action != "migrate":
+                other = (rank + generator.randrange(1, ranks)) % ranks
+                found.append(f"migrate step={step - 1} rank={other}")
         if action in ("kill", "raise", "exit", "stop"):
             entry += f" point={generator.choice(_POINTS)}"
         found.append(entry)
@@ -84,6 +103,9 @@ def run_job(kind: str, ranks: int, plan: list[str], spares: int = 1) -> dict[str
         "results": {rank: [steps, digest] for _, rank, steps, digest in lines},
         "fired": [event["fault"] for event in fired],
         "causes": Counter(incident["cause"] for incident in found),
+        "served_by": Counter(incident["served_by"] for incident in found),
+        # From the word that a rank stands still until all ranks are consistent.
+        "moves_s": [one["recovery_s"] for one in found if one["served_by"] == "migration"],
         "not_injected": [one["detail"] for one in found if not one["chaos"]],
         "steps_lost": sum(incident["steps_lost"] for incident in found),
         "seconds": time.monotonic() - begun_s,
@@ -122,12 +144,15 @@ def soak(args: argparse.Namespace, path: Path, jobs: list[dict[str, Any]]) -> in
     number = faults = failed = 0
     while faults < args.faults:
         kind, ranks = generator.choice(KINDS), generator.choice((2, 2, 3))
-        plan = draw_plan(generator, kind, ranks, args.faults_a_job)
+        plan = draw_plan(
+            generator, kind, ranks, args.faults_a_job,
+            actions=args.actions.split(",") if args.actions else _ACTIONS, moves=args.moves,
+        )  # fmt: skip
         number += 1
         if number > len(jobs):
             if (kind, ranks) not in twins:
                 twins[kind, ranks] = run_job(kind, ranks, [])
-            found = run_job(kind, ranks, plan)
+            found = run_job(kind, ranks, plan, args.spares)
             wrong = judge(found, plan, twins[kind, ranks])
             if not wrong:
                 found.pop("log")
@@ -156,6 +181,9 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--faults-a-job", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--spares", type=int, default=1)
+    parser.add_argument("--actions", help="draw from these only, as in kill,stop,migrate")
+    parser.add_argument("--moves", action="store_true", help="a move in the step before each fault")
     parser.add_argument("--resume", type=Path, help="result of a run with the same seed")
     parser.add_argument("--hardware", default=default_hardware())
     parser.add_argument("--out", type=Path, help="result file; default in results/")

@@ -96,8 +96,8 @@ class Incident(Event):
         detected_by: "process exit", "progress", "stopped process", "collective", "request",
             "digest", "health", "drain", "capacity".
         served_by: "migration", "rebuild", "guest" (a rebuild on the device of another rank),
-            "shadow", "reform", "mirror", "checkpoint", "restart", "repair" or "none" where the
-            job ended.
+            "predecessor" (the worker that a move had drained went on), "shadow", "reform",
+            "mirror", "checkpoint", "restart", "repair" or "none" where the job ended.
         planned: A move that was asked for.
         chaos: Injected by a fault plan.
         step: Committed steps of the job when it happened.

@@ -281,12 +281,12 @@ def test_the_guard_is_started_again_when_it_is_killed(launch):
 
 def let_move(zero, one, spare):
     """Play the workers of a move of rank 1 to the spare, at step 7."""
-    one.hear("Drain")
-    one.send("Drained", step=7)
-    one.hear("Exit")
+    order = one.hear("Drain")
+    one.send("Drained", step=7, generation=order["generation"])
     assert spare.hear("Generation")["mirror"] == "local state of rank 1"
     for worker in (zero, spare):
         worker.send("Formed", generation=2, step=7)
+    one.hear("Exit")
 
 
 def test_ps_and_migrate_reach_the_running_job(launch):

@@ -22,6 +22,14 @@ class Doom:
     detected_by: str
 
 
+@dataclass(frozen=True)
+class Reserve:
+    """A drained worker that stands at its commit until `rank` has a consistent successor."""
+
+    rank: int
+    handle: WorkerHandle
+
+
 @dataclass(kw_only=True, eq=False)
 class WorkerHandle:
     """One worker as the launcher knows it.

@@ -176,7 +176,7 @@ class Inbox:
         )  # fmt: skip
 
     def _on_drained(self, handle: WorkerHandle, message: messages.Drained) -> None:
-        self._migration.handle_drained(handle)
+        self._migration.handle_drained(handle, message.generation)
 
     def _on_done(self, handle: WorkerHandle, message: messages.Done) -> None:
         job = self._job

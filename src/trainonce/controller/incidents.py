@@ -116,6 +116,8 @@ class IncidentTracker:
         """Take in what a rank said when it joined."""
         for incident in self.open:
             incident.formed_step = max(incident.formed_step, report.step)
+            if incident.served_by == "predecessor":
+                continue  # nothing had to be moved for it
             incident.bytes_moved += report.bytes_moved
             # A drained rank stood at a commit: its successor begins the step, and repeats none.
             incident.recomputed += 0 if incident.planned else report.recompute
@@ -125,6 +127,12 @@ class IncidentTracker:
                 incident.taken.add(report.digest)
             elif report.digest and not newcomer:
                 incident.given.add(report.digest)
+
+    def note_taken_back(self, rank: int) -> None:
+        """Note that the worker that was to be moved away goes on with `rank`."""
+        for incident in self.open:
+            if incident.ranks == [rank] and (incident.planned or not incident.announced):
+                incident.served_by = "predecessor"
 
     def recovered(self, *, restarted_at: int | None = None, from_shadow: bool = False) -> None:
         """Note that all ranks are consistent; after a restart, at which step, and from where."""
@@ -232,9 +240,13 @@ def what_happened(event: Incident | OpenIncident) -> str:
         "recovery": f"{who} {pids} could not be rebuilt: {detail}",
         "hang": f"{who} {pids} hung: {detail}",
         "connection": f"the connection between the ranks broke ({detail})",
-        "migration": f"{who} {pids} moved {_why_moved(event)}",
+        "migration": f"{who} {pids} {_was_moved(event)} {_why_moved(event)}",
     }.get(event.cause, f"{who} {pids}: {event.cause}, {detail}")
     return f"{what} at step {event.step}"
+
+
+def _was_moved(event: Incident | OpenIncident) -> str:
+    return "was to move" if event.served_by == "predecessor" else "moved"
 
 
 def _why_moved(event: Incident | OpenIncident) -> str:
@@ -255,6 +267,7 @@ def _how_served(event: Incident) -> str:
         f" took {place}",
         "shadow": "the state came from its shadow",
         "reform": "the same ranks connected again",
+        "predecessor": "the process that was to be moved away goes on with the rank",
         "restart": "all ranks were started again from the beginning",
         "checkpoint": "all ranks went on from the last checkpoint",
     }.get(event.served_by, "")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trainonce.clock import Clock
+    from trainonce.controller.handle import Reserve
     from trainonce.controller.logs import LogFiles
     from trainonce.controller.options import RunOptions
     from trainonce.controller.policy import Death, SlotStatus
@@ -84,6 +85,7 @@ class Job:
         self.selector = selectors.DefaultSelector()
         self.membership = Membership(workers=())
         self.workers: dict[int, WorkerHandle] = {}
+        self.reserve: Reserve | None = None
         self.mirrors = Held()
         self.shadows = Held()
         self.slots = Slots(count=options.nproc + options.spares, host=engine.host)

@@ -37,6 +37,11 @@ class Membership:
     joined: frozenset[int] = frozenset()
 
     @property
+    def version(self) -> tuple[int, int]:
+        """Incarnation and generation: only ever counted up."""
+        return self.incarnation, self.generation
+
+    @property
     def ranks(self) -> frozenset[int]:
         """All ranks."""
         return frozenset(range(len(self.workers)))
@@ -91,6 +96,17 @@ class Membership:
             newcomers=self.newcomers | self.lost,
             lost=frozenset(),
             joined=frozenset(),
+        )
+
+    def take_back(self, rank: int, worker: int) -> Membership:
+        """Return the membership in which `worker`, which is consistent, holds `rank` again."""
+        workers = (*self.workers[:rank], worker, *self.workers[rank + 1 :])
+        return dataclasses.replace(
+            self,
+            workers=workers,
+            newcomers=self.newcomers - {rank},
+            lost=self.lost - {rank},
+            joined=self.joined - {rank},
         )
 
     def restart(self, workers: Iterable[int]) -> Membership:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trainonce.controller import oom
 from trainonce.controller.ending import STOP
 from trainonce.controller.exit_codes import ExitCode
-from trainonce.controller.handle import Doom
+from trainonce.controller.handle import Doom, Reserve
 from trainonce.controller.incidents import what_happened
 from trainonce.controller.policy import (
     Action,
@@ -21,6 +21,8 @@ from trainonce.controller.policy import (
 from trainonce.events import GenerationFormed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trainonce.controller.ending import Ending
     from trainonce.controller.handle import WorkerHandle
     from trainonce.controller.incidents import OpenIncident
@@ -48,6 +50,10 @@ class Recovery:
         ending: Ends the job where it cannot go on.
         staff: Starts workers to give ranks to.
         restart: Starts all ranks again where there is no other way.
+
+    Attributes:
+        on_taken_back: Hears that a drained worker goes on with its rank; if its successor is to
+            blame, why.
     """
 
     def __init__(self, job: Job, ending: Ending, staff: Staff, restart: Restart) -> None:
@@ -57,6 +63,7 @@ class Recovery:
         self._restart = restart
         self._oom = oom.OomCounter()
         self._reforms: tuple[int, int] = (-1, 0)
+        self.on_taken_back: Callable[[str], None] = lambda _: None
         staff.serve = self.serve
 
     # ------------------------------------------------------------------ deaths
@@ -199,9 +206,10 @@ class Recovery:
     def serve(self) -> None:
         """Give every lost rank to a spare and announce it; wait where there are too few."""
         job = self._job
-        lost = sorted(job.membership.lost)
-        if not lost or job.is_ending or job.restarting:
+        if not job.membership.lost or job.is_ending or job.restarting:
             return
+        self._take_back()
+        lost = sorted(job.membership.lost)
         if not job.membership.survivors:
             self._restart.run("checkpoint", "no rank with a living copy is left")
             return
@@ -209,11 +217,45 @@ class Recovery:
         if len(able) < len(lost):
             self._staff.find_holders(len(lost))
             return
-        replacements = dict(zip(lost, able, strict=False))
-        for rank, worker in replacements.items():
-            job.workers[worker].rank = rank
-            job.workers[worker].promoted_s = job.clock.mono_s()
-        self._announce(replacements)
+        self._promote(dict(zip(lost, able, strict=False)))
+
+    def hand_over(self, handle: WorkerHandle) -> None:
+        """Give the rank of a worker that stands at a commit to the best spare; there must be one.
+
+        Until that is consistent the worker stays. If anybody dies meanwhile, it goes on.
+        """
+        job, rank = self._job, handle.rank
+        job.membership = job.membership.lose([rank])
+        handle.rank, handle.dismissed = -1, True
+        job.reserve = Reserve(rank, handle)
+        self._promote({rank: rank_spares(job.spare_statuses())[0]})
+
+    def _take_back(self, why: str = "") -> bool:
+        """Let the drained worker of a move under way, if it lives, go on with its rank.
+
+        Args:
+            why: Its successor is to blame, and for what.
+        """
+        job, reserve = self._job, self._job.reserve
+        job.reserve = None
+        if reserve is None or not reserve.handle.lives or job.stopping or job.is_ending:
+            return False
+        rank = reserve.rank
+        successor = job.holder(rank)
+        if successor is None:
+            why = "its successor died"
+        else:  # not consistent: it has done nothing yet
+            successor.rank, successor.dismissed = -1, True
+            successor.kill()
+        reserve.handle.rank, reserve.handle.dismissed = rank, False
+        job.membership = job.membership.take_back(rank, reserve.handle.worker)
+        job.incidents.note_taken_back(rank)
+        self.on_taken_back(why)
+        return True
+
+    def regroup(self) -> None:
+        """Announce a generation with the same members."""
+        self._announce({})
 
     def reform(self, detail: str, *, chaos: bool = False, detected_by: str = "collective") -> None:
         """Announce a generation with the same members: only the connections are new."""
@@ -229,7 +271,7 @@ class Recovery:
         if times > _MAX_REFORMS and not chaos:
             self._restart.run("checkpoint", f"the ranks cannot be connected: {detail}")
         else:
-            self._announce({})
+            self.regroup()
 
     def has_reformed(self, step: int) -> bool:
         """Tell whether the ranks were connected again in this step."""
@@ -257,6 +299,9 @@ class Recovery:
             return
         if report.error:
             why = "; ".join(report.error.splitlines())
+            if self._take_back(why):
+                self.regroup()
+                return
             self._restart.run(
                 "checkpoint", f"rank {handle.rank} cannot be rebuilt from living copies ({why})"
             )
@@ -270,8 +315,18 @@ class Recovery:
         job = self._job
         was_formed = job.membership.is_formed
         job.membership = job.membership.join(rank, job.membership.generation)
+        if job.reserve is not None and job.reserve.rank == rank:
+            job.dismiss(job.reserve.handle)
+            job.reserve = None
         if job.membership.is_formed and not was_formed:
             self._formed()
+
+    def _promote(self, replacements: dict[int, int]) -> None:
+        job = self._job
+        for rank, worker in replacements.items():
+            job.workers[worker].rank = rank
+            job.workers[worker].promoted_s = job.clock.mono_s()
+        self._announce(replacements)
 
     def _announce(self, replacements: dict[int, int]) -> None:
         job = self._job

@@ -74,7 +74,9 @@ class Restart:
         spares = job.spares()
         usable = sum(status.usable for status in job.slot_statuses())
         too_many = max(0, job.options.nproc + len(spares) - usable)
-        for handle in (*job.ranked(), *spares[:too_many]):
+        drained = [job.reserve.handle] if job.reserve is not None else []
+        job.reserve = None
+        for handle in (*job.ranked(), *spares[:too_many], *drained):
             handle.dismissed = True
             handle.process.signal_group(signal.SIGKILL)
         self.proceed()

@@ -196,8 +196,8 @@ class Supervisor:
 
     def _handle_exits(self, exited: list[WorkerHandle], dying: list[WorkerHandle]) -> None:
         job = self.job
-        if job.uses_trainonce and not job.all_ready:
-            # A rank dies in its first steps, and another's word that it is ready may wait unread.
+        if job.uses_trainonce and not (job.all_ready and job.membership.is_formed):
+            # Another's word that it is ready, or consistent, may wait unread.
             for handle in job.ranked():
                 self.inbox.read_the_rest(handle)
         ended = [handle for handle in dying if self._ends_early(handle)]

@@ -86,7 +86,8 @@ def sentence(incident: Incident) -> str:
     who = f"rank{'s' if len(incident.ranks) > 1 else ''} {ranks}"
     if incident.host:
         who += f" on {incident.host}"
-    event = "moved" if incident.planned else "failed"
+    moved = "moved" if incident.served_by == "migration" else "was to move"
+    event = moved if incident.planned else "failed"
     served = "not served" if incident.served_by == "none" else f"served by {incident.served_by}"
     words = [
         (f"step {incident.step}: {who} {event} ({incident.cause}: {one_line(incident.detail)}), "

@@ -30,6 +30,9 @@ POINTS = (
     "commit", "between", "recovery", "promotion", "donate", "end",
 )  # fmt: skip
 
+# Not in the course of training: a fault hits the first of them from its step on.
+RECOVERY_POINTS = ("recovery", "promotion", "donate")
+
 # Carried out by the worker at a point.
 WORKER_FAULTS = ("kill", "lose", "stop", "raise", "exit", "flip", "slow")
 # Carried out by the launcher once the job has reached the step.
@@ -46,7 +49,8 @@ class Fault:
         index: Its place in the plan; identifies it within a job.
         action: One of `WORKER_FAULTS` or `LAUNCHER_FAULTS`, or "random".
         rank: The rank to hit; -1 where it does not matter.
-        step: Fires when this many steps are committed, so 0 is the first step.
+        step: Fires when this many steps are committed, so 0 is the first step; at one of
+            `RECOVERY_POINTS`, and from the launcher, also when more are.
         point: One of `POINTS`; ignored by launcher faults.
         after: Skip this many passes of the point within the step (the third collective:
             after=2).

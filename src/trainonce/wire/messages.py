@@ -138,9 +138,15 @@ class FaultFiring:
 
 @dataclass(frozen=True, kw_only=True)
 class Drained:
-    """Answer to `Drain`: this worker stands at a commit and will do nothing more."""
+    """Answer to `Drain`: this worker stands at a commit, and goes on with the next `Generation`.
+
+    Args:
+        step: Committed steps.
+        generation: That of the order.
+    """
 
     step: int
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +229,15 @@ class Committed:
 
 @dataclass(frozen=True, kw_only=True)
 class Drain:
-    """Stop at the next commit, publish what is yours, answer `Drained`."""
+    """Stop at the next commit, publish what is yours, answer `Drained`.
+
+    Void with the next `Generation`.
+
+    Args:
+        generation: The present one.
+    """
+
+    generation: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainonce.wire.faults import Fault
+from trainonce.wire.faults import RECOVERY_POINTS, Fault
 from trainonce.wire.messages import FaultFiring
 from trainonce.worker.torch_private import shards_parameters, visible_modules
 
@@ -86,7 +86,8 @@ class FaultInjector:
             return
         step = self._commits() if commits is None else commits
         for fault in list(self._armed):
-            if fault.point != point or fault.step != step:
+            due = step >= fault.step if point in RECOVERY_POINTS else step == fault.step
+            if fault.point != point or not due:
                 continue
             passes = self._passes.get(fault.index, 0)
             self._passes[fault.index] = passes + 1

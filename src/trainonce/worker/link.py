@@ -40,7 +40,7 @@ class Listener(Protocol):
         """To spares: the job's progress."""
         ...
 
-    def on_drain(self) -> None:
+    def on_drain(self, message: Drain) -> None:
         """Stop at the next commit."""
         ...
 
@@ -122,7 +122,7 @@ class Link:
         handlers: dict[type[Message], Callable[..., None]] = {
             Committed: listener.on_committed,
             Checkpoint: listener.on_checkpoint,
-            Drain: lambda _: listener.on_drain(),
+            Drain: listener.on_drain,
             Exit: lambda _: listener.on_exit(),
             DumpCollectives: lambda message: evidence.write_collectives(Path(message.path)),
         }

@@ -28,7 +28,7 @@ from trainonce.worker.shards import describe_copies
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trainonce.wire.messages import Checkpoint, Committed, Generation
+    from trainonce.wire.messages import Checkpoint, Committed, Drain, Generation
     from trainonce.worker.durable import CheckpointSettings
     from trainonce.worker.fabric import Fabric
     from trainonce.worker.link import Link
@@ -233,6 +233,7 @@ class Member:
             spare.publish_rank(message.rank)
             self._promotion.promote(message.rank)
         self._fabric.announce(message)
+        self._runner.drain.withdraw()
         self._announced.set()
 
     def on_committed(self, message: Committed) -> None:
@@ -240,14 +241,16 @@ class Member:
         if message.step:
             self._handover.job_has_committed()
 
-    def on_drain(self) -> None:
+    def on_drain(self, message: Drain) -> None:
         """Stop at the next commit."""
-        self._runner.drain_requested.set()
+        self._runner.drain.give(message.generation)
 
     def on_checkpoint(self, message: Checkpoint) -> None:
         """Write a checkpoint at one of the next commits."""
         command = Command.SAVE | (Command.STOP if message.stop else Command.NOTHING)
         self._durable.request(command, message.reason)
+        if message.stop:
+            self._runner.drain.withdraw()
 
     def on_exit(self) -> None:
         """Leave: from the end of the script, or from wherever a spare waits."""
@@ -267,6 +270,7 @@ class Member:
             self._exit.set()  # it writes its last checkpoint as it is
         self._exit_code = EXIT_LAUNCHER_LOST
         self._durable.request(Command.SAVE | Command.STOP, "launcher lost")
+        self._runner.drain.withdraw()
         timer = threading.Timer(_LAUNCHER_LOST_GRACE_S, leave, (EXIT_LAUNCHER_LOST,))
         timer.daemon = True
         timer.start()

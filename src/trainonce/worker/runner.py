@@ -7,7 +7,6 @@ state to a process that does, is in `handover`.
 from __future__ import annotations
 
 import os
-import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -16,6 +15,7 @@ from trainonce.errors import ConfigError, StepError
 from trainonce.wire.messages import Drained, Note, Ready, Report
 from trainonce.wire.progress import Phase
 from trainonce.worker.cursor import Cursor
+from trainonce.worker.drain import DrainOrder
 from trainonce.worker.faults import FaultInjector
 from trainonce.worker.gate import UpdateGate
 from trainonce.worker.local import LocalState
@@ -132,7 +132,7 @@ class Runner:
         self.shadow = Shadow(notify)
         self.describe: Callable[[], Callable[[], dict[str, Any]]] = lambda: dict
         self.started_at = 0
-        self.drain_requested = threading.Event()
+        self.drain = DrainOrder()
         self.prepare: Callable[[], None] = lambda: None
         self._entered = False
         self.profiles = StepProfiles()
@@ -434,15 +434,18 @@ class Runner:
         self.telemetry.end_step(execution, value, self.commits)
 
     def _after_commit(self) -> None:
-        if self.drain_requested.is_set():
-            self.shadow.wait()
-            self.telemetry.enter(Phase.DRAINED)
-            self.notify(Drained(step=self.commits))
-            threading.Event().wait()
+        if self.drain.heed(self._stand_still):
+            self.telemetry.enter(Phase.BETWEEN)
         self.follow_up()
         for action in self.after_commit:
             action()
         seed_between(self.seed, self.rank, self.commits)
+
+    def _stand_still(self, generation: int) -> None:
+        """Say that this worker stands at a commit, as it was told to in `generation`."""
+        self.shadow.wait()
+        self.telemetry.enter(Phase.DRAINED)
+        self.notify(Drained(step=self.commits, generation=generation))
 
     def follow_up(self) -> None:
         """Do what belongs to the last commit and needs other ranks; a newcomer joins in here."""

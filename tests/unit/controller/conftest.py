@@ -19,6 +19,8 @@ from trainonce.engines.base import ExitStatus
 from trainonce.wire.channel import Channel
 from trainonce.wire.faults import parse_plan
 from trainonce.wire.messages import (
+    Drain,
+    Drained,
     Formed,
     Hello,
     Mirror,
@@ -214,6 +216,14 @@ class Bench:
         for rank in range(self.job.options.nproc) if ranks is None else ranks:
             self.rank(rank).say(Formed(generation=generation, step=step, **fields))
         self.step()
+
+    def drain(self, rank):
+        """Let a rank that was told to do so stand at a commit; return its worker."""
+        process = self.rank(rank)
+        (order,) = process.heard(Drain)
+        process.say(Drained(step=process.progress["commits"], generation=order.generation))
+        self.step()
+        return process
 
     def of_kind(self, kind):
         return [event for event in self.events if event.kind == kind]

@@ -120,15 +120,14 @@ def test_migration_moves_a_rank_without_killing_it(bench):
     b.commit(120)
     answers = []
     b.supervisor.migration.request(1, lambda ok, text: answers.append((ok, text)))
-    old = b.rank(1)
-    assert old.heard(Drain)
-    old.say(Drained(step=120))
-    b.step()
+    old = b.drain(1)
     assert b.job.membership.workers == (0, 2)
+    b.form(120, ranks=[0])
+    assert not old.heard(Exit), "its successor is not consistent yet"
+    b.form(120, ranks=[1], recompute=1)
     assert old.heard(Exit)
     assert not old.signals
     old.end(code=0)
-    b.form(120, recompute=1)
     b.commit(121)
     (incident,) = b.of_kind("incident")
     assert (incident.served_by, incident.planned, incident.cause) == (
@@ -237,8 +236,8 @@ def _random_faults(b, count):
     while len(b.of_kind("fault_injected")) < count:
         b.step(5.0)
         for rank in range(4):
-            if b.rank(rank).heard(Drain):
-                b.rank(rank).say(Drained(step=step))
+            for order in b.rank(rank).heard(Drain):
+                b.rank(rank).say(Drained(step=step, generation=order.generation))
             b.rank(rank).stopped = signal.SIGSTOP in b.rank(rank).signals
         b.step(2.0)
         b.step(2.0)
@@ -307,9 +306,7 @@ def test_ps_lists_a_rank_once_while_a_successor_takes_over(bench):
 def test_ps_tells_a_worker_that_gave_its_rank_away_from_a_spare(bench):
     b = bench(spares=1, chaos="migrate rank=0 step=2").ready()
     b.commit(2)
-    moved = b.rank(0)
-    moved.say(Drained(step=2))
-    b.step()
+    b.drain(0)
     told = {w["worker"]: (w["rank"], w["leaving"]) for w in status(b.supervisor)["workers"]}
     assert told == {0: (None, True), 1: (1, False), 2: (0, False)}
 

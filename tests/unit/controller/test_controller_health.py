@@ -7,7 +7,7 @@ from trainonce.controller.health import Health
 from trainonce.errors import ConfigError
 from trainonce.fleet.feed import Finding, HealthSettings, News
 from trainonce.fleet.health import Action, Verdict
-from trainonce.wire.messages import Drain, Drained, Generation, Hello
+from trainonce.wire.messages import Drain, Generation, Hello
 
 
 class FakeFeed:
@@ -46,13 +46,11 @@ class Watched:
 
 def finish_move(bench, rank, worker):
     """Let the rank that was told to drain do so, and the job go on."""
-    process = bench.engine.started[worker]
-    assert process.heard(Drain), "it was not told to drain"
-    process.say(Drained(step=bench.job.step))
-    bench.step()
+    process = bench.drain(rank)
+    assert process.worker == worker
+    bench.form(bench.job.step)
     process.end()
     bench.step()
-    bench.form(bench.job.step)
     bench.commit(bench.job.step + 1)
 
 

@@ -8,8 +8,6 @@ from trainonce.controller.drain import Drain as DrainRequest
 from trainonce.controller.policy import WhenNoSpare
 from trainonce.wire.messages import (
     Checkpoint,
-    Drain,
-    Drained,
     Exit,
     Failed,
     FaultFiring,
@@ -41,13 +39,10 @@ def recover(bench, step, **fields):
 
 def go_home(bench, rank):
     """Let a rank that is told to drain leave for the worker that is ready for it."""
-    old = bench.rank(rank)
-    assert old.heard(Drain)
-    old.say(Drained(step=bench.job.step))
-    bench.step()
+    old = bench.drain(rank)
+    recover(bench, bench.job.step)
     old.end(code=0)
     bench.step()
-    recover(bench, bench.job.step)
 
 
 def test_a_process_that_dies_leaves_its_slot_to_the_next(bench):

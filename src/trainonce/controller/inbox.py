@@ -124,6 +124,8 @@ class Inbox:
         ranked = job.ranked()
         if len(ranked) == job.options.nproc and all(h.ready for h in ranked):
             job.all_ready = True
+            for each in ranked:
+                each.send(messages.Begin())
 
     def _on_parked(self, handle: WorkerHandle, message: messages.Parked) -> None:
         job = self._job

@@ -196,10 +196,6 @@ class Supervisor:
 
     def _handle_exits(self, exited: list[WorkerHandle], dying: list[WorkerHandle]) -> None:
         job = self.job
-        if job.uses_trainonce and not job.all_ready:
-            # A rank dies in its first steps, and another's word that it is ready may wait unread.
-            for handle in job.ranked():
-                self.inbox.read_the_rest(handle)
         ended = [handle for handle in dying if self._ends_early(handle)]
         for handle in exited:
             status = handle.process.reap()
@@ -213,6 +209,10 @@ class Supervisor:
                 dead.append(handle)
         ranked = [handle for handle in dead if handle.rank >= 0]
         if ranked:
+            # A newcomer that has told by now that it holds the state is a living copy.
+            for handle in job.ranked():
+                if handle.rank in job.membership.newcomers:
+                    self.inbox.read_the_rest(handle)
             self.migration.handle_deaths(ranked)
             self.recovery.handle_deaths(ranked)
         for handle in dead:

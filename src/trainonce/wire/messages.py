@@ -43,8 +43,8 @@ class Hello:
 class Ready:
     """A worker with a rank has finished its set-up: it stands before its first step.
 
-    Until every rank is ready nothing is committed, and a death restarts the generation from
-    the beginning of the script. After, the dead rank is rebuilt.
+    Until every rank is ready a death restarts the generation from the beginning of the script.
+    After, the dead rank is rebuilt. So each waits for `Begin` there.
 
     Args:
         mirror_bytes: Memory of the local state's mirror.
@@ -215,6 +215,11 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Every rank is ready: go on to the first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Committed:
     """To spares: how many steps the job has committed."""
 
@@ -248,14 +253,16 @@ class Exit:
 
 Message = (
     Hello | Ready | Parked | Mirror | Shadow | PeerLost | Formed | FaultFiring | Drained | Done
-    | Failed | Report | Note | Generation | Committed | Drain | Checkpoint | DumpCollectives | Exit
+    | Failed | Report | Note | Generation | Begin | Committed | Drain | Checkpoint
+    | DumpCollectives | Exit
 )  # fmt: skip
 
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Hello, Ready, Parked, Mirror, Shadow, PeerLost, Formed, FaultFiring, Drained, Done,
-        Failed, Report, Note, Generation, Committed, Drain, Checkpoint, DumpCollectives, Exit,
+        Failed, Report, Note, Generation, Begin, Committed, Drain, Checkpoint,
+        DumpCollectives, Exit,
     )
 }  # fmt: skip
 

@@ -70,6 +70,7 @@ class Member:
         self._device = device
         self._generation: Generation | None = None
         self._announced = threading.Event()
+        self._all_ready = threading.Event()
         self._exit = threading.Event()
         self._exit_code = 0
         self._initialising = True
@@ -184,6 +185,8 @@ class Member:
         self._runner.begin_at(commits, started_at=commits)
         self._durable.start_at(commits)
         self._runner.announce_ready(source)
+        # Who dies from here on is rebuilt: that takes the others to have finished their set-up.
+        self._all_ready.wait()
         if source:
             self._runner.means.reduce(commits)
 
@@ -234,6 +237,10 @@ class Member:
             self._promotion.promote(message.rank)
         self._fabric.announce(message)
         self._announced.set()
+
+    def on_begin(self) -> None:
+        """Go on to the first step."""
+        self._all_ready.set()
 
     def on_committed(self, message: Committed) -> None:
         """Take note of the job's progress, as a spare."""

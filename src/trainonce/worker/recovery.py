@@ -67,33 +67,31 @@ class Recovery:
 
     def _run(self) -> None:
         try:
-            formed = self._recover()
+            self._recover()
         except Superseded:
             return
         except TrainOnceError as error:
-            formed = self._failed(str(error), parted=isinstance(error, CollectiveError))
+            self._tell_failed(str(error), parted=isinstance(error, CollectiveError))
         except RuntimeError as error:
             # A peer went away while we were at it. The controller will announce anew.
             if not self.superseded():
                 self._fabric.notify(
                     PeerLost(generation=self.generation.generation, error=str(error)[:500])
                 )
-            return
         except Exception as error:
-            formed = self._failed(f"{type(error).__name__}: {error}")
-        if formed is not None:
-            self._fabric.notify(formed)
+            self._tell_failed(f"{type(error).__name__}: {error}")
 
-    def _failed(self, error: str, *, parted: bool = False) -> Formed:
-        return Formed(
-            generation=self.generation.generation,
-            step=self._journal.commits,
-            error=error,
-            parted=parted,
+    def _tell_failed(self, error: str, *, parted: bool = False) -> None:
+        self._fabric.notify(
+            Formed(
+                generation=self.generation.generation,
+                step=self._journal.commits,
+                error=error,
+                parted=parted,
+            )
         )
 
-    def _recover(self) -> Formed | None:
-        """Return what to tell the controller; nothing of the first generation."""
+    def _recover(self) -> None:
         generation = self.generation
         # Without newcomers all ranks start together, and nobody has anything yet.
         first = not self._fabric.consistent and not generation.newcomers
@@ -103,22 +101,19 @@ class Recovery:
         )
         self._host.fault_point("recovery")
         if first:
-            self._go_on()
-            return None  # the controller waits for `Ready`
-        while True:
-            formed, catch_up_to = self._try_once()
-            if formed is not None:
-                return formed
+            self._go_on()  # the controller waits for `Ready`
+            return
+        while (catch_up_to := self._try_once()) is not None:
             while self._journal.commits < catch_up_to:
                 self._check()
                 time.sleep(_POLL_S)
 
-    def _try_once(self) -> tuple[Formed | None, int]:
+    def _try_once(self) -> int | None:
         """Agree, move results, and move state if nobody has to commit first.
 
         Returns:
-            What to tell the controller; nothing where all plan again, once this rank has
-            committed the steps that the second is the number of.
+            Nothing where the recovery is over. Else all plan again, once this rank has committed
+            so many steps.
         """
         completed: list[tuple[Log, Op]] = []
         try:
@@ -127,13 +122,13 @@ class Recovery:
                 plan = self._agree()
                 self._move_results(plan, completed)
                 if not plan.catch_up:
-                    return self._hand_over(plan), 0
+                    self._hand_over(plan)
+                    return None
         finally:
             # Also where the recovery was abandoned: nobody gives them once more.
             for log, op in completed:
                 self._fabric.dispatcher.finish(log, op)
-        behind = self.generation.rank in plan.catch_up
-        return None, plan.commits if behind else 0
+        return plan.commits if self.generation.rank in plan.catch_up else 0
 
     # ------------------------------------------------------------------ to agree
 
@@ -191,7 +186,7 @@ class Recovery:
                 if waiting is not None:
                     completed.append(waiting)
 
-    def _hand_over(self, plan: Plan) -> Formed:
+    def _hand_over(self, plan: Plan) -> None:
         """Move state, and go on in the new generation. Updates are held back."""
         with self._journal.lock:
             self._check()
@@ -200,18 +195,30 @@ class Recovery:
             # Its script runs on through set-up, served from the log, to where it restores.
             self._host.wait_restorable(self.superseded)
         digest, moved = self._move_state(plan)
+        self._tell_formed(plan, digest, moved)
         self.inner.barrier()
-        rank = self.generation.rank
-        formed = Formed(
-            generation=self.generation.generation,
-            step=plan.restores.get(rank, plan.commits),
-            recompute=plan.num_recomputed(rank) if self._newcomer else 0,
-            bytes_moved=moved + self._received_bytes,
-            digest=digest,
-            from_shadow=rank in plan.restores,
-        )
         self._go_on()
-        return formed
+
+    def _tell_formed(self, plan: Plan, digest: str, moved: int) -> None:
+        """Tell the controller that this rank holds the state.
+
+        Before anybody goes on: should the donor be lost from then on, a newcomer is known to have
+        a living copy.
+        """
+        rank = self.generation.rank
+        with self._journal.lock:
+            self._check()
+            self._fabric.consistent = True
+        self._fabric.notify(
+            Formed(
+                generation=self.generation.generation,
+                step=plan.restores.get(rank, plan.commits),
+                recompute=plan.num_recomputed(rank) if self._newcomer else 0,
+                bytes_moved=moved + self._received_bytes,
+                digest=digest,
+                from_shadow=rank in plan.restores,
+            )
+        )
 
     def _move_state(self, plan: Plan) -> tuple[str, int]:
         """Give or take the state; return its digest and the bytes received."""

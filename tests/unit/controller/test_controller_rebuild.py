@@ -5,7 +5,10 @@ import signal
 
 import pytest
 
+from trainonce.engines.base import ExitStatus
 from trainonce.wire.messages import (
+    Begin,
+    Formed,
     Generation,
     Hello,
     Ready,
@@ -86,6 +89,42 @@ def test_a_death_before_every_rank_is_ready_restarts_all_ranks(bench):
     b.commit(1)
     (incident,) = b.of_kind("incident")
     assert (incident.served_by, incident.steps_lost) == ("restart", 0)
+
+
+def test_ranks_begin_once_all_are_ready(bench):
+    b = bench()
+    for worker in (0, 1):
+        b.engine.started[worker].say(Hello(worker=worker, pid=1))
+    b.rank(0).say(Ready())
+    b.step()
+    assert not b.rank(0).heard(Begin)
+    b.rank(1).say(Ready())
+    b.step()
+    assert [len(b.rank(rank).heard(Begin)) for rank in (0, 1)] == [1, 1]
+
+
+def test_a_newcomer_whose_word_is_unread_is_a_living_copy(bench):
+    b = bench(spares=2).ready()
+    b.commit(16)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    donor, newcomer = b.rank(0), b.rank(1)
+
+    def dying():
+        # While the launcher looks at the donor's end, the newcomer's word arrives.
+        donor.dying = lambda: None
+        newcomer.say(Formed(generation=2, step=16, recompute=1))
+        return ExitStatus(signum=signal.SIGKILL)
+
+    newcomer.dying = lambda: None
+    donor.say(Formed(generation=2, step=16))
+    b.step()
+    b.job.workers[0].watched = True
+    donor.dying = dying
+    b.supervisor._handle_exits([], [b.job.workers[0]])
+    assert b.job.membership.generation == 3
+    assert b.job.membership.newcomers == {0}
+    assert not b.job.restarting
 
 
 def test_a_kill_during_recovery_adds_to_the_newcomers(bench):

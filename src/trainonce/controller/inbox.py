@@ -11,6 +11,7 @@ from trainonce import settings
 from trainonce.errors import TrainOnceError, WireError
 from trainonce.events import FaultInjected, SpareParked, from_record
 from trainonce.wire import messages
+from trainonce.wire.faults import AWAITED_FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,10 +165,13 @@ class Inbox:
 
     def _on_fault_firing(self, handle: WorkerHandle, message: messages.FaultFiring) -> None:
         job = self._job
-        handle.firing = message
-        job.fired.add(message.index)
         faults = {fault.index: fault for fault in job.options.chaos}
         fault = faults.get(message.index)
+        if fault is not None and fault.action in AWAITED_FAULTS:
+            job.awaited[fault.index] = handle
+            return
+        handle.firing = message
+        job.fired.add(message.index)
         if fault is not None and fault.action == "lose":
             self._capacity.lose(handle.slot, for_s=fault.seconds)
         job.record(

@@ -15,7 +15,6 @@ from trainonce.controller.policy import SpareStatus
 from trainonce.controller.slots import Slots, guests
 from trainonce.controller.timers import Timers
 from trainonce.engines.base import LaunchSpec
-from trainonce.wire.faults import WORKER_FAULTS
 from trainonce.wire.messages import Exit, Generation
 
 if TYPE_CHECKING:
@@ -91,6 +90,8 @@ class Job:
         self.incidents = IncidentTracker(clock, engine.host, self._incident_closed)
         self.deaths: list[Death] = []
         self.fired: set[int] = set()
+        self.awaited: dict[int, WorkerHandle] = {}
+        """Faults of the plan by index, each with the worker that waits for it."""
         self.step = 0
         self.done_ranks: set[int] = set()
         self.uses_trainonce = False
@@ -302,11 +303,7 @@ class Job:
             newcomers=sorted(membership.newcomers),
             store_port=self.store.port,
             incarnation=membership.incarnation,
-            faults=[
-                fault.to_record()
-                for fault in self.unfired
-                if fault.action in WORKER_FAULTS and fault.rank == rank
-            ],
+            faults=[fault.to_record() for fault in self.unfired if fault.meets == rank],
             resume="" if self.all_ready else self.resume_from,
             mirrors=len(mirror),
             shadows=len(shadow),

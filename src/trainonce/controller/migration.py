@@ -79,6 +79,10 @@ class Migration:
         """Whether a move is under way, or asked for."""
         return bool(self._moves)
 
+    def lacks_spare(self, rank: int) -> bool:
+        """Tell whether `rank` is the next to be moved, and no spare is ready for it."""
+        return bool(self._moves) and self._moves[0].rank == rank and self._moves[0].worker < 0
+
     def advance(self) -> None:
         """Begin the next move if the job is whole and a spare is parked."""
         job = self._job

@@ -129,7 +129,10 @@ class Formed:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultFiring:
-    """Fault `index` of the plan fires in this worker now; nothing may follow."""
+    """Fault `index` of the plan fires in this worker now; nothing may follow.
+
+    Or it is the launcher's to carry out, and this worker waits for `Begin`.
+    """
 
     index: int
     step: int
@@ -216,7 +219,11 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
-    """Every rank is ready: go on to the first step."""
+    """Go on: to the first step, as every rank is ready; or with one, as its fault is carried out.
+
+    A rank waits for it after `Ready`, and after `FaultFiring` of a fault that the launcher carries
+    out (`trainonce.wire.faults.AWAITED_FAULTS`).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class Listener(Protocol):
         ...
 
     def on_begin(self) -> None:
-        """All ranks have finished their set-up."""
+        """Go on with the step that this rank waits before."""
         ...
 
     def on_committed(self, message: Committed) -> None:

@@ -19,6 +19,8 @@ from trainonce.engines.base import ExitStatus
 from trainonce.wire.channel import Channel
 from trainonce.wire.faults import parse_plan
 from trainonce.wire.messages import (
+    Begin,
+    FaultFiring,
     Formed,
     Hello,
     Mirror,
@@ -214,6 +216,12 @@ class Bench:
         for rank in range(self.job.options.nproc) if ranks is None else ranks:
             self.rank(rank).say(Formed(generation=generation, step=step, **fields))
         self.step()
+
+    def meet(self, index, rank):
+        """Let a rank come to fault `index` of the plan; return whether it may go on."""
+        self.rank(rank).say(FaultFiring(index=index, step=self.job.step, point="begin"))
+        self.step()
+        return bool(self.rank(rank).heard(Begin))
 
     def of_kind(self, kind):
         return [event for event in self.events if event.kind == kind]

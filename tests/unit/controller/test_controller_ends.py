@@ -112,6 +112,7 @@ def test_planned_faults_that_did_not_fire_are_told_at_the_end(bench):
     plan = "reset step=1; kill rank=1 step=500; migrate rank=0 step=70; random every=9s"
     b = bench(spares=1, chaos=plan).ready()
     b.commit(1)
+    b.meet(0, rank=0)
     b.form(1)
     b.commit(2)
     for rank in (0, 1):

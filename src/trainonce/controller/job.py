@@ -103,6 +103,7 @@ class Job:
         self.outcome = ""
         self.reason = ""
         self.forming_since_s = clock.mono_s()
+        self.on_formed: Callable[[], None] = lambda: None
         self.on_incident: Callable[[Incident, str], None] | None = None
         self.is_unfit: Callable[[Place], bool] = lambda _: False
         self.device_use: Callable[[], float | None] = lambda: None

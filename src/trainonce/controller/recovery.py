@@ -308,6 +308,7 @@ class Recovery:
                 step=max(at, job.step if not restarted else 0),
             )
         )  # fmt: skip
+        job.on_formed()
         job.timers.after(_NEW_SPARE_DELAY_S, self._staff.keep_spares)
 
     def _reform_if_unexplained(self, generation: int, error: str) -> None:

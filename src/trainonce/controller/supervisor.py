@@ -65,6 +65,7 @@ class Supervisor:
         self._live = live
         self._control = control
         job.on_incident = self.migration.handle_incident
+        job.on_formed = self.capacity.tell_guests
         if control is not None:
             job.selector.register(control.fileno(), selectors.EVENT_READ, ("control", control))
 

@@ -191,7 +191,7 @@ class Recovery:
     def _explain_kills(self, incidents: list[OpenIncident]) -> None:
         # After the announcement: reading the kernel's counters is not for the urgent path.
         for incident in incidents:
-            if incident.detail == "SIGKILL" and self._oom.has_grown():
+            if incident.detail == "SIGKILL" and self._oom.has_grown() and not incident.chaos:
                 incident.cause = "oom"
 
     # ------------------------------------------------------------------ generations

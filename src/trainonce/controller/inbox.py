@@ -120,8 +120,7 @@ class Inbox:
             return
         handle.process.expect_death()
         job.resumed = message.resumed
-        if job.membership.generation == 1:
-            self._recovery.join(handle.rank)
+        self._recovery.join(handle.rank)
         ranked = job.ranked()
         if len(ranked) == job.options.nproc and all(h.ready for h in ranked):
             job.all_ready = True
@@ -155,10 +154,13 @@ class Inbox:
             os.close(fd)
 
     def _on_peer_lost(self, handle: WorkerHandle, message: messages.PeerLost) -> None:
-        self._recovery.handle_peer_lost(message)
+        if handle.rank >= 0 and not handle.dismissed:
+            self._recovery.handle_peer_lost(message)
 
     def _on_formed(self, handle: WorkerHandle, message: messages.Formed) -> None:
-        if handle.rank >= 0 and not handle.dismissed:
+        # Connected again in its set-up, a rank stands before its first step when it says `Ready`.
+        in_set_up = not (self._job.all_ready or handle.ready or message.error)
+        if handle.rank >= 0 and not handle.dismissed and not in_set_up:
             handle.process.expect_death()
             handle.ready = True
             self._recovery.handle_formed(handle, message)

@@ -97,6 +97,8 @@ class Job:
         self.uses_trainonce = False
         self.all_ready = False
         self.restarting = False
+        self.restarted = False
+        """All ranks were started again, and have not formed yet."""
         self.resumed = ""
         self.stopping = 0
         self.exit_code: int | None = None

@@ -11,6 +11,7 @@ from trainonce.wire.messages import (
     Formed,
     Generation,
     Hello,
+    PeerLost,
     Ready,
 )
 
@@ -258,6 +259,48 @@ def test_when_the_last_living_copy_dies_all_ranks_start_again(bench):
     b.commit(1)
     (incident,) = b.of_kind("incident")
     assert (incident.served_by, incident.steps_lost) == ("restart", 7)
+
+
+def _lose_all(b):
+    for rank in (0, 1):
+        b.rank(rank).end(signum=signal.SIGKILL)
+    b.step()
+    assert b.job.membership.incarnation == 1
+
+
+def test_a_connection_lost_before_all_ranks_start_again_is_none_of_theirs(bench):
+    b = bench(spares=2).ready()
+    b.commit(7)
+    b.rank(0).say(PeerLost(generation=1, error="closed by peer"))
+    b.step()
+    _lose_all(b)
+    b.step(advance_s=0.25)
+    assert b.job.membership.generation == 1
+    b.ready()
+    b.commit(1)
+    assert [incident.cause for incident in b.of_kind("incident")] == ["signal"]
+
+
+def test_steps_lost_are_counted_where_the_ranks_connect_again_in_their_set_up(bench):
+    b = bench(spares=2).ready()
+    b.commit(7)
+    _lose_all(b)
+    for rank in (0, 1):
+        b.rank(rank).say(Hello(worker=b.rank(rank).worker, pid=1))
+    b.rank(0).say(PeerLost(generation=1, error="closed by peer"))
+    b.step()
+    b.step(advance_s=0.25)
+    assert b.job.membership.generation == 2
+    b.rank(0).say(Ready())
+    b.form(0)  # the other is still at it: it has connected again, and is not ready
+    assert not b.job.all_ready
+    b.rank(1).say(Ready())
+    b.step()
+    assert b.job.membership.is_formed
+    b.commit(1)
+    incidents = b.of_kind("incident")
+    assert [incident.served_by for incident in incidents] == ["restart", "reform"]
+    assert sum(incident.steps_lost for incident in incidents) == 7
 
 
 def test_a_checkpoint_completed_while_the_ranks_are_ended_is_told_and_resumed_from(bench):

@@ -35,7 +35,7 @@ class Capacity:
         self._since_s = 0.0
 
     def look(self) -> None:
-        """Serve who waits if there is room now; bring a guest home; tell what has changed."""
+        """Serve who waits if there is room now; bring a guest home."""
         job = self._job
         if job.is_ending:
             return
@@ -44,7 +44,6 @@ class Capacity:
             self._restart.proceed()
         if not job.membership.is_formed or job.restarting:
             return
-        self._tell(job.guests())
         if not job.stopping and job.all_ready and not self._migration.is_busy:
             self._dismiss_idle_guests()
             self._bring_home()
@@ -59,10 +58,11 @@ class Capacity:
         """Give back what `lose` took."""
         self._job.slots.lost.clear()
 
-    def _tell(self, guests: dict[int, int]) -> None:
+    def tell_guests(self) -> None:
+        """Tell which ranks share a device in the generation that has formed, if that is news."""
+        job, guests, now_s = self._job, self._job.guests(), self._job.clock.mono_s()
         if guests == self._guests:
             return
-        job, now_s = self._job, self._job.clock.mono_s()
         if not guests:
             took = duration(now_s - self._since_s)
             job.say(f"no rank shares a device any more: {took} at reduced speed")

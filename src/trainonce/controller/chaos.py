@@ -1,4 +1,4 @@
-"""Faults of the plan that the launcher carries out itself."""
+"""Faults of the plan that the launcher carries out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import signal
 from typing import TYPE_CHECKING
 
 from trainonce.events import FaultInjected
-from trainonce.wire.faults import LAUNCHER_FAULTS
+from trainonce.wire.faults import AWAITED_FAULTS, LAUNCHER_FAULTS
+from trainonce.wire.messages import Begin
 
 if TYPE_CHECKING:
     from trainonce.controller.capacity import Capacity
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 _WAITING_S = 0.01
 _IDLE_S = 1.0
+# How long a rank that is to be moved waits for a spare that is not ready.
+_SPARE_COMES_S = 20.0
 
 
 class Chaos:
-    """Carries out migrations, resets, random faults and the like once their step has come.
+    """Carries out what ranks wait for, what is due once its step has come, and random faults.
 
     Args:
         job: The job.
@@ -40,23 +43,35 @@ class Chaos:
         self._migration = migration
         self._capacity = capacity
         self._planned = [f for f in job.options.chaos if f.action in LAUNCHER_FAULTS]
+        self._awaited = {f.index: f for f in job.options.chaos if f.action in AWAITED_FAULTS}
+        self._refused: list[Fault] = []
+        self._since_s: dict[int, float] = {}
         self._random = [f for f in job.options.chaos if f.action == "random"]
         self._generators = {f.index: random.Random(f.seed) for f in self._random}
         self._due_s: dict[int, float] = {}
 
     def interval_s(self) -> float:
         """Return after how long to look again: soon while a fault waits for its step."""
-        waiting = any(fault.index not in self._job.fired for fault in self._planned)
+        waiting = any(
+            fault.index not in self._job.fired for fault in (*self._planned, *self._refused)
+        )
         return _WAITING_S if waiting else _IDLE_S
 
     def look(self) -> None:
         """Carry out what is due."""
         job = self._job
         if not job.all_ready or job.is_ending or job.stopping or job.restarting:
+            for index in list(job.awaited):
+                self._let_go(index)
             return
         for fault in self._planned:
             if fault.index not in job.fired and job.step >= fault.step:
                 self._carry_out(fault)
+        for fault in [fault for fault in self._refused if job.membership.is_formed]:
+            self._refused.remove(fault)
+            self._carry_out_awaited(fault)
+        for index in list(job.awaited):
+            self._serve_awaited(self._awaited[index])
         for fault in self._random:
             self._random_fault(fault)
 
@@ -69,14 +84,33 @@ class Chaos:
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.action == "kill_spare" and spares:
             self._hit(fault, fault.action, spares[0])
-        elif fault.action == "restore":
+
+    def _serve_awaited(self, fault: Fault) -> None:
+        """Carry out what a rank waits for, unless ranks are being rebuilt; then let it go on."""
+        job = self._job
+        if fault.index not in job.fired and fault not in self._refused:
+            if not job.membership.is_formed:
+                return
+            self._carry_out_awaited(fault)
+        # A move that begins later would be one in another step, or after the last.
+        since_s = self._since_s.setdefault(fault.index, job.clock.mono_s())
+        stays = job.step > 0 and job.clock.mono_s() < since_s + _SPARE_COMES_S
+        if not (stays and fault.action == "migrate" and self._migration.lacks_spare(fault.rank)):
+            self._let_go(fault.index)
+
+    def _carry_out_awaited(self, fault: Fault) -> None:
+        self._job.read_step()
+        if fault.action == "restore":
             self._record(fault, fault.action, -1, 0)
             self._capacity.restore()
-        elif fault.action == "reset" and job.membership.is_formed:
+        elif fault.action == "reset":
             self._record(fault, fault.action, fault.rank, 0)
             self._recovery.reform("reset by the fault plan", chaos=True)
-        elif fault.action == "migrate" and job.membership.is_formed:
-            self._migrate(fault, fault.rank)
+        elif not self._migrate(fault, fault.rank):
+            self._refused.append(fault)  # mostly since the rank is being moved already
+
+    def _let_go(self, index: int) -> None:
+        self._job.awaited.pop(index).send(Begin())
 
     def _random_fault(self, fault: Fault) -> None:
         job = self._job
@@ -106,10 +140,12 @@ class Chaos:
         handle.chaos = action
         handle.process.signal_group(signal.SIGSTOP if action == "stop" else signal.SIGKILL)
 
-    def _migrate(self, fault: Fault, rank: int) -> None:
+    def _migrate(self, fault: Fault, rank: int) -> bool:
         handle = self._job.holder(rank)
-        if self._migration.request(rank, lambda _ok, _text: None, chaos=True):
+        accepted = self._migration.request(rank, lambda _ok, _text: None, chaos=True)
+        if accepted:
             self._record(fault, "migrate", rank, handle.pid if handle else 0)
+        return accepted
 
     def _record(self, fault: Fault, action: str, rank: int, pid: int) -> None:
         job = self._job

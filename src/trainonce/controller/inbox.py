@@ -11,6 +11,7 @@ from trainonce import settings
 from trainonce.errors import TrainOnceError, WireError
 from trainonce.events import FaultInjected, SpareParked, from_record
 from trainonce.wire import messages
+from trainonce.wire.faults import AWAITED_FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,11 +120,12 @@ class Inbox:
             return
         handle.process.expect_death()
         job.resumed = message.resumed
-        if job.membership.generation == 1:
-            self._recovery.join(handle.rank)
+        self._recovery.join(handle.rank)
         ranked = job.ranked()
         if len(ranked) == job.options.nproc and all(h.ready for h in ranked):
             job.all_ready = True
+            for each in ranked:
+                each.send(messages.Begin())
 
     def _on_parked(self, handle: WorkerHandle, message: messages.Parked) -> None:
         job = self._job
@@ -152,20 +154,26 @@ class Inbox:
             os.close(fd)
 
     def _on_peer_lost(self, handle: WorkerHandle, message: messages.PeerLost) -> None:
-        self._recovery.handle_peer_lost(message)
+        if handle.rank >= 0 and not handle.dismissed:
+            self._recovery.handle_peer_lost(message)
 
     def _on_formed(self, handle: WorkerHandle, message: messages.Formed) -> None:
-        if handle.rank >= 0 and not handle.dismissed:
+        # Connected again in its set-up, a rank stands before its first step when it says `Ready`.
+        in_set_up = not (self._job.all_ready or handle.ready or message.error)
+        if handle.rank >= 0 and not handle.dismissed and not in_set_up:
             handle.process.expect_death()
             handle.ready = True
             self._recovery.handle_formed(handle, message)
 
     def _on_fault_firing(self, handle: WorkerHandle, message: messages.FaultFiring) -> None:
         job = self._job
-        handle.firing = message
-        job.fired.add(message.index)
         faults = {fault.index: fault for fault in job.options.chaos}
         fault = faults.get(message.index)
+        if fault is not None and fault.action in AWAITED_FAULTS:
+            job.awaited[fault.index] = handle
+            return
+        handle.firing = message
+        job.fired.add(message.index)
         if fault is not None and fault.action == "lose":
             self._capacity.lose(handle.slot, for_s=fault.seconds)
         job.record(

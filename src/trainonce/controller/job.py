@@ -15,7 +15,6 @@ from trainonce.controller.policy import SpareStatus
 from trainonce.controller.slots import Slots, guests
 from trainonce.controller.timers import Timers
 from trainonce.engines.base import LaunchSpec
-from trainonce.wire.faults import WORKER_FAULTS
 from trainonce.wire.messages import Exit, Generation
 
 if TYPE_CHECKING:
@@ -93,17 +92,22 @@ class Job:
         self.incidents = IncidentTracker(clock, engine.host, self._incident_closed)
         self.deaths: list[Death] = []
         self.fired: set[int] = set()
+        self.awaited: dict[int, WorkerHandle] = {}
+        """Faults of the plan by index, each with the worker that waits for it."""
         self.step = 0
         self.done_ranks: set[int] = set()
         self.uses_trainonce = False
         self.all_ready = False
         self.restarting = False
+        self.restarted = False
+        """All ranks were started again, and have not formed yet."""
         self.resumed = ""
         self.stopping = 0
         self.exit_code: int | None = None
         self.outcome = ""
         self.reason = ""
         self.forming_since_s = clock.mono_s()
+        self.on_formed: Callable[[], None] = lambda: None
         self.on_incident: Callable[[Incident, str], None] | None = None
         self.is_unfit: Callable[[Place], bool] = lambda _: False
         self.device_use: Callable[[], float | None] = lambda: None
@@ -304,11 +308,7 @@ class Job:
             newcomers=sorted(membership.newcomers),
             store_port=self.store.port,
             incarnation=membership.incarnation,
-            faults=[
-                fault.to_record()
-                for fault in self.unfired
-                if fault.action in WORKER_FAULTS and fault.rank == rank
-            ],
+            faults=[fault.to_record() for fault in self.unfired if fault.meets == rank],
             resume="" if self.all_ready else self.resume_from,
             mirrors=len(mirror),
             shadows=len(shadow),

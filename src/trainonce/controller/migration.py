@@ -93,6 +93,13 @@ class Migration:
         """Whether a move is under way, or asked for."""
         return bool(self._moves)
 
+    def lacks_spare(self, rank: int) -> bool:
+        """Tell whether `rank` is the next to be moved, and no spare is ready for it."""
+        move = self._moves[0] if self._moves else None
+        if move is None or move.rank != rank or move.incident is not None:
+            return False
+        return move.asked_in != self._job.membership.version
+
     def advance(self) -> None:
         """Begin the next move if the job is whole and a spare is parked."""
         job = self._job

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from trainonce.controller.handle import WorkerHandle
     from trainonce.controller.incidents import OpenIncident
     from trainonce.controller.job import Job
+    from trainonce.controller.membership import Membership
     from trainonce.controller.policy import Decision
     from trainonce.controller.restart import Restart
     from trainonce.controller.staff import Staff
@@ -198,7 +199,7 @@ class Recovery:
     def _explain_kills(self, incidents: list[OpenIncident]) -> None:
         # After the announcement: reading the kernel's counters is not for the urgent path.
         for incident in incidents:
-            if incident.detail == "SIGKILL" and self._oom.has_grown():
+            if incident.detail == "SIGKILL" and self._oom.has_grown() and not incident.chaos:
                 incident.cause = "oom"
 
     # ------------------------------------------------------------------ generations
@@ -283,10 +284,10 @@ class Recovery:
 
     def handle_peer_lost(self, report: PeerLost) -> None:
         """A collective failed: wait for the death behind it, else connect again."""
-        generation = report.generation
-        if generation == self._job.membership.generation:
+        membership = self._job.membership
+        if report.generation == membership.generation:
             self._job.timers.after(
-                _PEER_LOST_DELAY_S, lambda: self._reform_if_unexplained(generation, report.error)
+                _PEER_LOST_DELAY_S, lambda: self._reform_if_unexplained(membership, report.error)
             )
 
     def handle_formed(self, handle: WorkerHandle, report: Formed) -> None:
@@ -346,7 +347,8 @@ class Recovery:
     def _formed(self) -> None:
         job = self._job
         membership = job.membership
-        restarted = membership.generation == 1 and membership.incarnation > 0
+        # Not by the number of the generation: the ranks may have been connected again since.
+        restarted, job.restarted = job.restarted, False
         at = min(handle.process.progress["commits"] for handle in job.ranked())
         job.incidents.recovered(
             restarted_at=at if restarted else None, from_shadow=job.resumed == "shadow"
@@ -363,12 +365,16 @@ class Recovery:
                 step=max(at, job.step if not restarted else 0),
             )
         )  # fmt: skip
+        job.on_formed()
         job.timers.after(_NEW_SPARE_DELAY_S, self._staff.keep_spares)
 
-    def _reform_if_unexplained(self, generation: int, error: str) -> None:
+    def _reform_if_unexplained(self, before: Membership, error: str) -> None:
         job = self._job
-        busy = job.membership.lost or job.restarting or job.is_ending or job.stopping
-        if generation == job.membership.generation and not busy:
+        now = job.membership
+        busy = now.lost or job.restarting or job.is_ending or job.stopping
+        # After a start of all ranks, generations are counted anew.
+        same = (now.incarnation, now.generation) == (before.incarnation, before.generation)
+        if same and not busy:
             self.reform(error)
 
 

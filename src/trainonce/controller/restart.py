@@ -93,6 +93,7 @@ class Restart:
             return
         job.short = 0
         job.restarting = False
+        job.restarted = True
         job.all_ready = False
         job.step = 0
         job.done_ranks.clear()

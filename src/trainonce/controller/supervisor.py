@@ -65,6 +65,7 @@ class Supervisor:
         self._live = live
         self._control = control
         job.on_incident = self.migration.handle_incident
+        job.on_formed = self.capacity.tell_guests
         if control is not None:
             job.selector.register(control.fileno(), selectors.EVENT_READ, ("control", control))
 
@@ -196,10 +197,6 @@ class Supervisor:
 
     def _handle_exits(self, exited: list[WorkerHandle], dying: list[WorkerHandle]) -> None:
         job = self.job
-        if job.uses_trainonce and not (job.all_ready and job.membership.is_formed):
-            # Another's word that it is ready, or consistent, may wait unread.
-            for handle in job.ranked():
-                self.inbox.read_the_rest(handle)
         ended = [handle for handle in dying if self._ends_early(handle)]
         for handle in exited:
             status = handle.process.reap()
@@ -213,6 +210,10 @@ class Supervisor:
                 dead.append(handle)
         ranked = [handle for handle in dead if handle.rank >= 0]
         if ranked:
+            # A newcomer that has told by now that it holds the state is a living copy.
+            for handle in job.ranked():
+                if handle.rank in job.membership.newcomers:
+                    self.inbox.read_the_rest(handle)
             self.migration.handle_deaths(ranked)
             self.recovery.handle_deaths(ranked)
         for handle in dead:

@@ -141,7 +141,7 @@ class Watch:
         forming = not job.membership.is_formed
         forming_s = now - job.forming_since_s if forming and job.all_ready else None
         handles = job.ranked()
-        if any(handle.doom is not None for handle in handles):
+        if job.awaited or any(handle.doom is not None for handle in handles):
             return  # one hang at a time: what the others do now is its consequence
         statuses = [self._status(handle, now) for handle in handles]
         if not job.all_ready:

@@ -6,9 +6,10 @@ The text form is what `trainonce run --chaos` takes::
     lose rank=1 step=200 point=backward; restore step=240; random every=30s seed=7
 
 A fault fires at most once in a job. Kills, stops, exits and exceptions are carried out by
-the worker itself at the named point, so that they hit exactly there; migrations, resets and
-random faults come from the launcher. `refuse_impossible` finds what cannot fire in a job; the
-rest that did not is told at the end of the job.
+the worker itself at the named point, so that they hit exactly there; for migrations, resets and
+restores a worker waits where the step begins until the launcher has carried them out; random
+faults come from the launcher at any time. `refuse_impossible` finds what cannot fire in a job;
+the rest that did not is told at the end of the job.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ RECOVERY_POINTS = ("recovery", "promotion", "donate")
 
 # Carried out by the worker at a point.
 WORKER_FAULTS = ("kill", "lose", "stop", "raise", "exit", "flip", "slow")
-# Carried out by the launcher once the job has reached the step.
-LAUNCHER_FAULTS = ("migrate", "reset", "restore", "kill_spare", "kill_launcher")
-ACTIONS = (*WORKER_FAULTS, *LAUNCHER_FAULTS, "random")
+# Carried out by the launcher, while the rank that they are about (or else rank 0) waits for it.
+AWAITED_FAULTS = ("migrate", "reset", "restore")
+# Carried out by the launcher once the job has reached the step, and there is the occasion.
+LAUNCHER_FAULTS = ("kill_spare", "kill_launcher")
+ACTIONS = (*WORKER_FAULTS, *AWAITED_FAULTS, *LAUNCHER_FAULTS, "random")
 _NEED_RANK = (*WORKER_FAULTS, "migrate")
 
 
@@ -47,11 +50,11 @@ class Fault:
 
     Args:
         index: Its place in the plan; identifies it within a job.
-        action: One of `WORKER_FAULTS` or `LAUNCHER_FAULTS`, or "random".
+        action: One of `ACTIONS`.
         rank: The rank to hit; -1 where it does not matter.
         step: Fires when this many steps are committed, so 0 is the first step; at one of
-            `RECOVERY_POINTS`, and from the launcher, also when more are.
-        point: One of `POINTS`; ignored by launcher faults.
+            `RECOVERY_POINTS`, and of `LAUNCHER_FAULTS`, also when more are.
+        point: One of `POINTS`; of `WORKER_FAULTS` only.
         after: Skip this many passes of the point within the step (the third collective:
             after=2).
         every_s: For "random": mean seconds between faults.
@@ -69,6 +72,13 @@ class Fault:
     every_s: float = 0.0
     seed: int = 0
     seconds: float = 0.0
+
+    @property
+    def meets(self) -> int:
+        """The rank that comes to it; -1 where no rank does."""
+        if self.action in AWAITED_FAULTS:
+            return max(self.rank, 0)
+        return self.rank if self.action in WORKER_FAULTS else -1
 
     def to_record(self) -> dict[str, Any]:
         """Return the fault as plain values."""

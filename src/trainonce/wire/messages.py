@@ -43,8 +43,8 @@ class Hello:
 class Ready:
     """A worker with a rank has finished its set-up: it stands before its first step.
 
-    Until every rank is ready nothing is committed, and a death restarts the generation from
-    the beginning of the script. After, the dead rank is rebuilt.
+    Until every rank is ready a death restarts the generation from the beginning of the script.
+    After, the dead rank is rebuilt. So each waits for `Begin` there.
 
     Args:
         mirror_bytes: Memory of the local state's mirror.
@@ -129,7 +129,10 @@ class Formed:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultFiring:
-    """Fault `index` of the plan fires in this worker now; nothing may follow."""
+    """Fault `index` of the plan fires in this worker now; nothing may follow.
+
+    Or it is the launcher's to carry out, and this worker waits for `Begin`.
+    """
 
     index: int
     step: int
@@ -221,6 +224,15 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Go on: to the first step, as every rank is ready; or with one, as its fault is carried out.
+
+    A rank waits for it after `Ready`, and after `FaultFiring` of a fault that the launcher carries
+    out (`trainonce.wire.faults.AWAITED_FAULTS`).
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class Committed:
     """To spares: how many steps the job has committed."""
 
@@ -262,14 +274,16 @@ class Exit:
 
 Message = (
     Hello | Ready | Parked | Mirror | Shadow | PeerLost | Formed | FaultFiring | Drained | Done
-    | Failed | Report | Note | Generation | Committed | Drain | Checkpoint | DumpCollectives | Exit
+    | Failed | Report | Note | Generation | Begin | Committed | Drain | Checkpoint
+    | DumpCollectives | Exit
 )  # fmt: skip
 
 _TYPES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         Hello, Ready, Parked, Mirror, Shadow, PeerLost, Formed, FaultFiring, Drained, Done,
-        Failed, Report, Note, Generation, Committed, Drain, Checkpoint, DumpCollectives, Exit,
+        Failed, Report, Note, Generation, Begin, Committed, Drain, Checkpoint,
+        DumpCollectives, Exit,
     )
 }  # fmt: skip
 

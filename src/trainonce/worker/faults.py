@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainonce.wire.faults import RECOVERY_POINTS, Fault
+from trainonce.wire.faults import AWAITED_FAULTS, RECOVERY_POINTS, Fault
 from trainonce.wire.messages import FaultFiring
 from trainonce.worker.torch_private import shards_parameters, visible_modules
 
@@ -30,6 +30,9 @@ class FaultInjector:
         notify: Tells the launcher before a fault fires.
         commits: Returns the number of committed steps.
         parameters: Returns protected parameters, for bit flips.
+
+    Attributes:
+        wait: Waits until the launcher has carried out the fault that it was told of.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class FaultInjector:
         self._notify = notify
         self._commits = commits
         self._parameters = parameters
+        self.wait: Callable[[], object] = lambda: None
         self._armed: list[Fault] = []
         self._passes: dict[int, int] = {}
 
@@ -86,8 +90,9 @@ class FaultInjector:
             return
         step = self._commits() if commits is None else commits
         for fault in list(self._armed):
+            where = "begin" if fault.action in AWAITED_FAULTS else fault.point
             due = step >= fault.step if point in RECOVERY_POINTS else step == fault.step
-            if fault.point != point or not due:
+            if where != point or not due:
                 continue
             passes = self._passes.get(fault.index, 0)
             self._passes[fault.index] = passes + 1
@@ -112,4 +117,4 @@ class FaultInjector:
                 # Through `.data`, since hardware does not count what it changes.
                 self._parameters()[0].data.view(-1).view(torch.uint8)[0] ^= 1
             case _:
-                pass
+                self.wait()

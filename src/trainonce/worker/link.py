@@ -11,6 +11,7 @@ from trainonce import settings
 from trainonce.errors import ConfigError
 from trainonce.wire.channel import Channel
 from trainonce.wire.messages import (
+    Begin,
     Checkpoint,
     Committed,
     Drain,
@@ -34,6 +35,10 @@ class Listener(Protocol):
         self, message: Generation, mirror_fd: int | None, shadow_fd: int | None
     ) -> None:
         """A new membership."""
+        ...
+
+    def on_begin(self) -> None:
+        """Go on with the step that this rank waits before."""
         ...
 
     def on_committed(self, message: Committed) -> None:
@@ -120,6 +125,7 @@ class Link:
 
     def _listen(self, listener: Listener) -> None:
         handlers: dict[type[Message], Callable[..., None]] = {
+            Begin: lambda _: listener.on_begin(),
             Committed: listener.on_committed,
             Checkpoint: listener.on_checkpoint,
             Drain: listener.on_drain,

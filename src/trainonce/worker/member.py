@@ -70,11 +70,13 @@ class Member:
         self._device = device
         self._generation: Generation | None = None
         self._announced = threading.Event()
+        self._told_to_begin = threading.Event()
         self._exit = threading.Event()
         self._exit_code = 0
         self._initialising = True
         self._handover = fabric.host = Handover(runner, fabric, sources, device)
         runner.prepare = self._prepare
+        runner.injector.wait = self._wait_to_begin
         runner.describe = self._handover.describe_later
         folder = settings.home() / "jobs" / (settings.JOB.get() or "job") / "checkpoints"
         self._durable = runner.durable = Durable(
@@ -184,6 +186,8 @@ class Member:
         self._runner.begin_at(commits, started_at=commits)
         self._durable.start_at(commits)
         self._runner.announce_ready(source)
+        # Who dies from here on is rebuilt: that takes the others to have finished their set-up.
+        self._wait_to_begin()
         if source:
             self._runner.means.reduce(commits)
 
@@ -217,6 +221,10 @@ class Member:
             dist.all_gather_object(everywhere, mine)
         return max(set(mine).intersection(*everywhere), default=-1)
 
+    def _wait_to_begin(self) -> None:
+        self._told_to_begin.wait()
+        self._told_to_begin.clear()
+
     # ------------------------------------------------------------------ the launcher speaks
 
     def on_generation(
@@ -235,6 +243,10 @@ class Member:
         self._fabric.announce(message)
         self._runner.drain.withdraw()
         self._announced.set()
+
+    def on_begin(self) -> None:
+        """Go on with the step that this rank waits before."""
+        self._told_to_begin.set()
 
     def on_committed(self, message: Committed) -> None:
         """Take note of the job's progress, as a spare."""
@@ -269,6 +281,7 @@ class Member:
         if phase == Phase.ENDING:
             self._exit.set()  # it writes its last checkpoint as it is
         self._exit_code = EXIT_LAUNCHER_LOST
+        self._told_to_begin.set()
         self._durable.request(Command.SAVE | Command.STOP, "launcher lost")
         self._runner.drain.withdraw()
         timer = threading.Timer(_LAUNCHER_LOST_GRACE_S, leave, (EXIT_LAUNCHER_LOST,))

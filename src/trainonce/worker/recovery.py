@@ -112,8 +112,8 @@ class Recovery:
         """Agree, move results, and move state if nobody has to commit first.
 
         Returns:
-            Nothing once this rank goes on. Else all plan again, and this rank once it has
-            committed so many steps.
+            Nothing where the recovery is over. Else all plan again, once this rank has committed
+            so many steps.
         """
         completed: list[tuple[Log, Op]] = []
         try:
@@ -128,8 +128,7 @@ class Recovery:
             # Also where the recovery was abandoned: nobody gives them once more.
             for log, op in completed:
                 self._fabric.dispatcher.finish(log, op)
-        behind = self.generation.rank in plan.catch_up
-        return plan.commits if behind else 0
+        return plan.commits if self.generation.rank in plan.catch_up else 0
 
     # ------------------------------------------------------------------ to agree
 
@@ -196,13 +195,20 @@ class Recovery:
             # Its script runs on through set-up, served from the log, to where it restores.
             self._host.wait_restorable(self.superseded)
         digest, moved = self._move_state(plan)
+        self._tell_formed(plan, digest, moved)
         self.inner.barrier()
+        self._go_on()
+
+    def _tell_formed(self, plan: Plan, digest: str, moved: int) -> None:
+        """Tell the controller that this rank holds the state.
+
+        Before anybody goes on: should the donor be lost from then on, a newcomer is known to have
+        a living copy.
+        """
         rank = self.generation.rank
         with self._journal.lock:
             self._check()
             self._fabric.consistent = True
-        # Before it goes on: a newcomer of which the controller has not heard has done nothing
-        # yet, and whoever held the rank before can take it back.
         self._fabric.notify(
             Formed(
                 generation=self.generation.generation,
@@ -213,7 +219,6 @@ class Recovery:
                 from_shadow=rank in plan.restores,
             )
         )
-        self._go_on()
 
     def _move_state(self, plan: Plan) -> tuple[str, int]:
         """Give or take the state; return its digest and the bytes received."""

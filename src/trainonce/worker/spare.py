@@ -77,7 +77,13 @@ class WithheldEnvironment(os._Environ):  # type: ignore[type-arg]
 
 
 def withhold_rank(park: Callable[[str], int]) -> None:
-    """Make `os.environ["RANK"]` and its like wait for the promotion."""
+    """Make `os.environ["RANK"]` and its like wait for the promotion.
+
+    What is not Python sees -1 until then. A variable that is there already can be set while other
+    threads read the environment (torch does, as it forms groups); a new one moves all of it.
+    """
+    for name in RANK_VARIABLES:
+        os.putenv(name, "-1")
     WithheldEnvironment.park = staticmethod(park)
     os.environ.__class__ = WithheldEnvironment
 

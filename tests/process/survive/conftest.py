@@ -30,7 +30,8 @@ def shaken(calm, tmp_path):
     """Return a function that runs a script with faults, and checks what holds for each.
 
     The job ends well, leaves no process behind, loses no committed step, every fault of the plan
-    fired and nothing else failed, and all ranks end bit for bit as without faults.
+    fired and nothing else failed, every move of it took place, and all ranks end bit for bit as
+    without faults.
     """
 
     def run(script, *args, faults, world=2, spares=2, options=()):
@@ -44,6 +45,9 @@ def shaken(calm, tmp_path):
         result.assert_nothing_lost()
         own = [one for one in result.incidents if not (one.chaos or one.planned)]
         assert not own, f"failures that nobody injected: {own}\n{result.explain()}"
+        moves = sum(fault.fault == "migrate" for fault in result.faults)
+        moved = sum(one.planned and one.chaos for one in result.incidents)
+        assert moved == moves, result.explain()
         result.assert_same_state(calm(script, *args, world=world))
         return result
 

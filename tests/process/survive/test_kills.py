@@ -51,6 +51,11 @@ def test_kills_in_the_first_three_steps_and_the_last_are_survived(shaken):
     assert_each_was_rebuilt(shaken("basic.py", faults=faults))
 
 
+def test_a_rank_lost_in_the_first_step_is_rebuilt_however_long_others_take_to_set_up(shaken):
+    faults = ["kill rank=0 step=0 point=begin"]
+    assert_each_was_rebuilt(shaken("basic.py", "--uneven-s", 0.3, faults=faults, spares=1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("point", [*POINTS, "begin"])
 @pytest.mark.parametrize("rank", [0, 1])

@@ -47,9 +47,10 @@ def test_augmentation_in_loader_workers_is_the_same_after_kills(calm, shaken):
 @pytest.mark.parametrize("point", ["loader", "begin", "collective", "updated", "commit"])
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_each_sample_is_trained_on_once_with_three_ranks(shaken, point, rank):
-    # 4 batches of 3 ranks x 4 an epoch, and an evaluation: the last of an epoch, the
-    # evaluation, and the first of the next.
-    faults = [f"kill rank={rank} step={step} point={point}" for step in (3, 5, 9)]
-    if point == "loader":
-        faults = [f"kill rank={rank} step={step} point=loader" for step in (3, 5, 8)]
+    # 4 batches of 3 ranks x 4 an epoch, and an evaluation: the last batch of an epoch, the first
+    # of the next, and the evaluation after that.
+    steps = (3, 5, 9)
+    if point in ("loader", "updated"):  # an evaluation takes no batch, and updates nothing
+        steps = (3, 5, 8)
+    faults = [f"kill rank={rank} step={step} point={point}" for step in steps]
     assert_each_sample_once(shaken("loader.py", faults=faults, world=3))

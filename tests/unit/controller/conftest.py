@@ -19,8 +19,10 @@ from trainonce.engines.base import ExitStatus
 from trainonce.wire.channel import Channel
 from trainonce.wire.faults import parse_plan
 from trainonce.wire.messages import (
+    Begin,
     Drain,
     Drained,
+    FaultFiring,
     Formed,
     Hello,
     Mirror,
@@ -36,6 +38,7 @@ class FakeProcess:
     """Both sides of a worker: the launcher's view, and what the test makes the worker do."""
 
     def __init__(self, worker, spec):
+        self._came = []
         self.worker, self.spec, self.pid = worker, spec, 1_000_000 + worker
         self.channel, theirs = Channel.pair()
         self.inside = Channel(theirs)
@@ -88,14 +91,15 @@ class FakeProcess:
         self.inside.send(message, fds)
 
     def heard(self, kind=object):
-        """Take the messages that came so far; return those of `kind`."""
-        found = []
+        """Take the messages of `kind` that came so far."""
         while select.select([self.inside], [], [], 0)[0]:
             messages, alive = self.inside.receive_ready()
-            found += messages
+            self._came += messages
             if not alive:
                 break
-        return [m for m in found if isinstance(m, kind)]
+        found = [each for each in self._came if isinstance(each, kind)]
+        self._came = [each for each in self._came if not isinstance(each, kind)]
+        return found
 
     def begin_to_die(self, signum):
         """All its threads are exiting; the kernel has yet to free its memory."""
@@ -224,6 +228,12 @@ class Bench:
         process.say(Drained(step=process.progress["commits"], generation=order.generation))
         self.step()
         return process
+
+    def meet(self, index, rank):
+        """Let a rank come to fault `index` of the plan; return whether it may go on."""
+        self.rank(rank).say(FaultFiring(index=index, step=self.job.step, point="begin"))
+        self.step()
+        return bool(self.rank(rank).heard(Begin))
 
     def of_kind(self, kind):
         return [event for event in self.events if event.kind == kind]

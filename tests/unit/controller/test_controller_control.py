@@ -6,12 +6,14 @@ import pytest
 
 from trainonce.controller.control_socket import status
 from trainonce.wire.messages import (
+    Begin,
     Committed,
     Done,
     Drain,
     Drained,
     DumpCollectives,
     Exit,
+    FaultFiring,
     Generation,
     Hello,
     PeerLost,
@@ -190,11 +192,11 @@ def test_a_worker_that_breaks_the_protocol_is_replaced(bench):
     assert b.job.membership.newcomers == {1}
 
 
-def test_reset_by_the_plan_re_forms_once_the_step_has_come(bench):
+def test_reset_by_the_plan_re_forms_while_a_rank_waits_before_the_step(bench):
     b = bench(chaos="reset step=4").ready()
-    b.commit(3)
-    assert b.job.membership.generation == 1
     b.commit(4)
+    assert b.job.membership.generation == 1
+    assert b.meet(0, rank=0)
     assert b.job.membership.generation == 2
     b.form(4)
     b.commit(5)
@@ -204,7 +206,33 @@ def test_reset_by_the_plan_re_forms_once_the_step_has_come(bench):
 def test_migration_by_the_plan_drains_the_rank(bench):
     b = bench(spares=1, chaos="migrate rank=0 step=2").ready()
     b.commit(2)
-    assert b.rank(0).heard(Drain)
+    b.rank(0).say(FaultFiring(index=0, step=2, point="begin"))
+    b.step()
+    # So it drains at the end of that very step, however far the launcher is behind.
+    assert [type(message) for message in b.rank(0).heard()] == [Drain, Begin]
+
+
+def test_a_rank_waits_for_its_fault_until_the_others_are_whole_and_never_in_vain(bench):
+    b = bench(nproc=3, spares=1, chaos="migrate rank=0 step=2; migrate rank=0 step=3").ready()
+    b.commit(2)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    assert not b.meet(0, rank=0)
+    b.form(2)
+    b.rank(0).heard(Generation)
+    assert not b.rank(0).heard()  # the spare is used up, and the next to start
+    b.step(advance_s=1.0)
+    b.park()
+    assert [type(message) for message in b.rank(0).heard()] == [Drain, Begin]
+    # It is still to be moved when the next one comes: that one waits, and the rank does not.
+    b.commit(3)
+    assert b.meet(1, rank=0)
+    assert [e.step for e in b.of_kind("fault_injected")] == [2]
+    b = bench(spares=1, chaos="migrate rank=0 step=2").ready()
+    b.commit(2)
+    b.supervisor.ending.stop(signal.SIGTERM)
+    assert b.meet(0, rank=0)
+    assert [str(fault) for fault in b.job.unfired] == ["migrate rank=0 step=2"]
 
 
 def test_a_slow_rank_that_makes_progress_is_left_alone(bench):
@@ -306,6 +334,7 @@ def test_ps_lists_a_rank_once_while_a_successor_takes_over(bench):
 def test_ps_tells_a_worker_that_gave_its_rank_away_from_a_spare(bench):
     b = bench(spares=1, chaos="migrate rank=0 step=2").ready()
     b.commit(2)
+    b.meet(0, rank=0)
     b.drain(0)
     told = {w["worker"]: (w["rank"], w["leaving"]) for w in status(b.supervisor)["workers"]}
     assert told == {0: (None, True), 1: (1, False), 2: (0, False)}

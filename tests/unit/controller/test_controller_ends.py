@@ -108,10 +108,27 @@ def test_a_fault_of_the_plan_fires_once_and_is_no_bug(bench):
     assert b.of_kind("incident")[0].chaos
 
 
+def test_a_kill_of_the_plan_is_not_the_kernels_whoever_else_lacks_memory(bench, monkeypatch):
+    monkeypatch.setattr("trainonce.controller.oom.OomCounter.has_grown", lambda _: True)
+    b = bench(spares=2, chaos="kill rank=1 step=3").ready()
+    b.commit(3)
+    b.rank(1).say(FaultFiring(index=0, step=3, point="begin"))
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    b.form(3)
+    b.commit(4)
+    b.rank(0).end(signum=signal.SIGKILL)
+    b.step()
+    b.form(4)
+    b.commit(5)
+    assert [incident.cause for incident in b.of_kind("incident")] == ["signal", "oom"]
+
+
 def test_planned_faults_that_did_not_fire_are_told_at_the_end(bench):
     plan = "reset step=1; kill rank=1 step=500; migrate rank=0 step=70; random every=9s"
     b = bench(spares=1, chaos=plan).ready()
     b.commit(1)
+    b.meet(0, rank=0)
     b.form(1)
     b.commit(2)
     for rank in (0, 1):

@@ -5,9 +5,13 @@ import signal
 
 import pytest
 
+from trainonce.engines.base import ExitStatus
 from trainonce.wire.messages import (
+    Begin,
+    Formed,
     Generation,
     Hello,
+    PeerLost,
     Ready,
 )
 
@@ -86,6 +90,42 @@ def test_a_death_before_every_rank_is_ready_restarts_all_ranks(bench):
     b.commit(1)
     (incident,) = b.of_kind("incident")
     assert (incident.served_by, incident.steps_lost) == ("restart", 0)
+
+
+def test_ranks_begin_once_all_are_ready(bench):
+    b = bench()
+    for worker in (0, 1):
+        b.engine.started[worker].say(Hello(worker=worker, pid=1))
+    b.rank(0).say(Ready())
+    b.step()
+    assert not b.rank(0).heard(Begin)
+    b.rank(1).say(Ready())
+    b.step()
+    assert [len(b.rank(rank).heard(Begin)) for rank in (0, 1)] == [1, 1]
+
+
+def test_a_newcomer_whose_word_is_unread_is_a_living_copy(bench):
+    b = bench(spares=2).ready()
+    b.commit(16)
+    b.rank(1).end(signum=signal.SIGKILL)
+    b.step()
+    donor, newcomer = b.rank(0), b.rank(1)
+
+    def dying():
+        # While the launcher looks at the donor's end, the newcomer's word arrives.
+        donor.dying = lambda: None
+        newcomer.say(Formed(generation=2, step=16, recompute=1))
+        return ExitStatus(signum=signal.SIGKILL)
+
+    newcomer.dying = lambda: None
+    donor.say(Formed(generation=2, step=16))
+    b.step()
+    b.job.workers[0].watched = True
+    donor.dying = dying
+    b.supervisor._handle_exits([], [b.job.workers[0]])
+    assert b.job.membership.generation == 3
+    assert b.job.membership.newcomers == {0}
+    assert not b.job.restarting
 
 
 def test_a_kill_during_recovery_adds_to_the_newcomers(bench):
@@ -219,6 +259,48 @@ def test_when_the_last_living_copy_dies_all_ranks_start_again(bench):
     b.commit(1)
     (incident,) = b.of_kind("incident")
     assert (incident.served_by, incident.steps_lost) == ("restart", 7)
+
+
+def _lose_all(b):
+    for rank in (0, 1):
+        b.rank(rank).end(signum=signal.SIGKILL)
+    b.step()
+    assert b.job.membership.incarnation == 1
+
+
+def test_a_connection_lost_before_all_ranks_start_again_is_none_of_theirs(bench):
+    b = bench(spares=2).ready()
+    b.commit(7)
+    b.rank(0).say(PeerLost(generation=1, error="closed by peer"))
+    b.step()
+    _lose_all(b)
+    b.step(advance_s=0.25)
+    assert b.job.membership.generation == 1
+    b.ready()
+    b.commit(1)
+    assert [incident.cause for incident in b.of_kind("incident")] == ["signal"]
+
+
+def test_steps_lost_are_counted_where_the_ranks_connect_again_in_their_set_up(bench):
+    b = bench(spares=2).ready()
+    b.commit(7)
+    _lose_all(b)
+    for rank in (0, 1):
+        b.rank(rank).say(Hello(worker=b.rank(rank).worker, pid=1))
+    b.rank(0).say(PeerLost(generation=1, error="closed by peer"))
+    b.step()
+    b.step(advance_s=0.25)
+    assert b.job.membership.generation == 2
+    b.rank(0).say(Ready())
+    b.form(0)  # the other is still at it: it has connected again, and is not ready
+    assert not b.job.all_ready
+    b.rank(1).say(Ready())
+    b.step()
+    assert b.job.membership.is_formed
+    b.commit(1)
+    incidents = b.of_kind("incident")
+    assert [incident.served_by for incident in incidents] == ["restart", "reform"]
+    assert sum(incident.steps_lost for incident in incidents) == 7
 
 
 def test_a_checkpoint_completed_while_the_ranks_are_ended_is_told_and_resumed_from(bench):

@@ -102,10 +102,10 @@ def test_spread_puts_several_lost_ranks_on_different_devices(bench):
     assert [slot(p) for p in b.engine.started[4:]] == [0, 3]
     b.park()
     recover(b, 0)
-    b.step(0.3)
-    assert [i.served_by for i in b.of_kind("incident")] == ["guest", "guest"]
     (told,) = b.of_kind("guests_changed")
     assert (told.ranks, told.hosts) == ([1, 2], [0, 3])
+    b.step(0.3)
+    assert [i.served_by for i in b.of_kind("incident")] == ["guest", "guest"]
     assert any("starting a guest on another's" in line for line in b.lines)
     assert any("a guest on the device of another rank took its place" in line for line in b.lines)
     assert b.supervisor.watch.snapshot.guests == 2

@@ -1,6 +1,7 @@
 """DDP with BatchNorm, dropout, clipping, AdamW and a scheduler, in a loop of the user's own."""
 
 import argparse
+import time
 
 import torch
 from pieces import batch, mlp
@@ -12,6 +13,7 @@ from trainonce.testing import record, state_digests
 options = argparse.ArgumentParser()
 options.add_argument("--steps", type=int, default=20)
 options.add_argument("--verify", type=int, default=0, help="compare replicas so often")
+options.add_argument("--uneven-s", type=float, default=0.0, help="longer set-up, a rank")
 options = options.parse_args()
 
 run = trainonce.init(seed=5)
@@ -22,6 +24,7 @@ scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
 run.protect(
     verify_replicas_every=options.verify, model=model, optimizer=optimizer, scheduler=scheduler
 )
+time.sleep(options.uneven_s * run.rank)
 
 
 @run.step

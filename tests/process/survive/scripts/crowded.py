@@ -15,6 +15,7 @@ from trainonce.testing import record, state_digests
 options = argparse.ArgumentParser()
 options.add_argument("--steps", type=int, default=16)
 options.add_argument("--until-apart", type=int, default=-1, help="before this step")
+options.add_argument("--until", default=".", help="and until there is this file")
 options = options.parse_args()
 
 run = trainonce.init(seed=5)
@@ -35,9 +36,10 @@ def train(step):
 
 @run.step
 def are_apart():
-    """Tell whether no two ranks share a slot; leaves all state as it is."""
+    """Tell whether no two ranks share a slot, and all see the file; leaves all state as it is."""
     ranks_in = torch.zeros(16, dtype=torch.int64)
     ranks_in[int(os.environ["TRAINONCE_SLOT"])] = 1
+    ranks_in[-1] = 0 if os.path.exists(options.until) else 2
     dist.all_reduce(ranks_in)
     return int(ranks_in.max()) == 1
 

@@ -55,8 +55,16 @@ class StepProfiles:
         self._known: dict[str, StepProfile] = {}
         self._counts: dict[str, int] = {}
 
-    def register(self, name: str) -> StepProfile:
-        """Return the profile of the next step function of this name that the script makes."""
+    def register(self, function: Callable[..., Any], *, in_set_up: bool) -> StepProfile:
+        """Return the profile of a step function that the script makes.
+
+        Those of set-up count by name. What a loop makes, in each epoch say, shares a profile: a
+        newcomer leaves out iterations, and would count fewer of them.
+        """
+        name = function.__qualname__
+        if not in_set_up:
+            line = getattr(getattr(function, "__code__", None), "co_firstlineno", 0)
+            return self._known.setdefault(f"{name}:{line}", StepProfile())
         count = self._counts.get(name, 0)
         self._counts[name] = count + 1
         return self._known.setdefault(f"{name}/{count}", StepProfile())
@@ -117,7 +125,7 @@ class Step(Generic[P, R]):
     def __init__(self, runner: Runner, function: Callable[P, R]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
-        self.profile = runner.profiles.register(function.__qualname__)
+        self.profile = runner.profiles.register(function, in_set_up=not runner.entered)
         self._runner = runner
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

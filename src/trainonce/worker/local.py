@@ -20,7 +20,7 @@ from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
 from trainonce.worker.mirror import Mirror
 from trainonce.worker.operation import OpState
 from trainonce.worker.values import MAX_MEANS, LazyMean, outline
-from trainonce.worker.variables import Variables
+from trainonce.worker.variables import NOTHING, Taken, Variables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,8 +78,8 @@ class LocalState:
         self._head: tuple[dict[str, Any], bytes] | None = None
         self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
         self.variables = Variables()
-        self._variables = b""
-        self._opening: tuple[Position, bytes] | None = None
+        self._variables = NOTHING
+        self._opening: tuple[Position, Taken] | None = None
 
     # ------------------------------------------------------------------ publishing
 
@@ -132,14 +132,14 @@ class LocalState:
         """Position of the first step of the present iteration."""
         return None if self._opening is None else self._opening[0]
 
-    def snapshot(self, protected: Protected) -> bytes:
-        """Return what tells whether a step goes on to change local state."""
+    def snapshot(self, protected: Protected, means: list[LazyMean]) -> bytes:
+        """Return what tells whether a step goes on to change local state; `means` are its own."""
         kept = {
             "state": self.user,
             "buffers": protected.local_buffers(),
             "modes": protected.modes.read(),
         }
-        return encoding.encode(kept) + self._variables
+        return encoding.encode(kept) + self._variables.encoded(means)
 
     def note_collective(self, position: Position, op: Op) -> None:
         """Take note of a collective between steps; its result is kept with the next commit."""
@@ -173,7 +173,7 @@ class LocalState:
     ) -> bytes:
         head: dict[str, Any] = {
             "position": position,
-            "opening": (position, b"") if self.opening == position else self._opening,
+            "opening": self._encode_opening(position, means),
             "state": self.user,
             "buffers": protected.local_buffers() if protected.has_buffers else {},
             "hooks": protected.hooks.read(),
@@ -194,7 +194,15 @@ class LocalState:
             values = self.values.encode(position, means)
         else:  # nobody comes again to what is past once this step is committed
             values = self.values.encode(None, means, lambda at: self._cursor.is_live(at, position))
-        return join([encoded, self._variables, *values])
+        return join([encoded, self._variables.encoded(means), *values])
+
+    def _encode_opening(
+        self, position: Position | None, means: list[LazyMean]
+    ) -> tuple[Position, bytes] | None:
+        if self._opening is None:
+            return None
+        at, variables = self._opening
+        return at, b"" if at == position else variables.encoded(means)
 
     def _encode_head(self, head: dict[str, Any], returns: Any) -> bytes:
         # Mostly the same at the commit as ahead of it. What may have changed in place is not
@@ -268,12 +276,13 @@ class LocalState:
         """
         head, variables, *values = split(payload)
         record = encoding.decode(head)
-        self._opening = record.get("opening")
-        self.variables.restore(variables, self._opening[1] if self._opening else b"")
-        self._variables = bytes(variables)
         # Of those that its process did not come to, the others know the average.
         unknown = [math.nan] * (MAX_MEANS - len(record["means"]))
         means = [LazyMean(local, i) for i, local in enumerate((*record["means"], *unknown))]
+        at, opening = record.get("opening") or (None, b"")
+        self._opening = None if at is None else (at, Taken.of(opening))
+        self._variables = Taken.of(variables)
+        self.variables.restore(variables, opening, means)
         self._cursor.committed = record["position"]
         self._cursor.behind = record["position"] is not None
         self.values.restore(values, means)

@@ -374,7 +374,7 @@ class Runner:
     def _take_snapshot(self, execution: Execution) -> None:
         if execution.profile.kind is UpdateKind.UNKNOWN:
             assert self.protected is not None
-            execution.snapshot = self.local.snapshot(self.protected)
+            execution.snapshot = self.local.snapshot(self.protected, execution.means)
 
     def _learn_what_changes_late(self, execution: Execution) -> None:
         """Find out, in the first execution, whether local state changes after the last collective.
@@ -387,7 +387,8 @@ class Runner:
         assert fabric is not None
         assert protected is not None
         self.local.take_variables(execution.caller)
-        changes = execution.snapshot not in (None, self.local.snapshot(protected))
+        now = self.local.snapshot(protected, execution.means)
+        changes = execution.snapshot not in (None, now)
         votes = torch.tensor(int(changes))
         self._meeting = fabric.settling = True
         try:

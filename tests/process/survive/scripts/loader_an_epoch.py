@@ -1,4 +1,4 @@
-"""A loader and a step that are made anew in each epoch, one in each fold, and one when all else is over.
+"""A loader and a step that are made anew in each epoch, a loader in each fold, one at the end.
 
 By `run.dataloader`, as a `DataLoader`, and as one that keeps its own place.
 """

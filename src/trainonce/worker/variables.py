@@ -48,6 +48,9 @@ class _Known:
     averages: set[str] = field(default_factory=lambda: set())
     """Those that hold averages of `run.mean`."""
 
+    def __post_init__(self) -> None:
+        self.averages.update(name for name, value in self.first.items() if holds_means(value))
+
     def update(self, present: dict[str, Any]) -> bool:
         """Take note of `present`, and tell whether any of it has changed since the last look."""
         last = self.last

@@ -285,6 +285,21 @@ def test_what_holds_an_average_of_the_step_at_hand_is_encoded_anew_with_the_next
     assert average.item() == 1.5
 
 
+def test_an_average_that_is_there_at_the_first_look_of_a_newcomer_comes_along():
+    def script(training, steps):
+        metrics = {"loss": LazyMean.known(0.5)}
+        for step in range(steps):
+            training.call()
+            metrics["loss"] = LazyMean.known(0.5 + step // 3)
+        return metrics["loss"].item()
+
+    training = Training()
+    script(training, 5)
+    newcomer = training.lost()
+    script(newcomer, 2)
+    assert newcomer.lost().variables.missing == []
+
+
 def test_a_look_does_not_wait_for_averages():
     variables, kept = Variables(), []
     variables.take(sys._getframe())

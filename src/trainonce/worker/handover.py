@@ -11,7 +11,6 @@ from trainonce.errors import (
     CollectiveError,
     RecoveryError,
     StateMismatchError,
-    TrainOnceError,
 )
 from trainonce.wire import encoding
 from trainonce.wire.messages import Note

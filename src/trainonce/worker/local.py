@@ -112,16 +112,20 @@ class LocalState:
         if final:
             self.payload = payload
 
-    def take_variables(self, caller: FrameType, position: Position | None = None) -> None:
+    def take_variables(self, caller: FrameType, position: Position | None = None) -> Taken:
         """Take the script's variables around the call of a step, for the next publication.
 
         Args:
             caller: Where the step is called.
             position: Of a step that begins.
+
+        Returns:
+            What was taken; the same as before where nothing has changed.
         """
         self._variables = self.variables.take(caller)
         if position is not None and self._opening is None:
             self._opening = (position, self._variables)
+        return self._variables
 
     def begin_iteration(self) -> None:
         """Note that the next step is the first of an iteration."""

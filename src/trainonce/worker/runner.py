@@ -304,7 +304,7 @@ class Runner:
             self.replay.finish(execution.caller)
         self.injector.at("between")
         self.protected.check_unchanged()
-        self.local.take_variables(execution.caller, execution.position)
+        execution.variables = self.local.take_variables(execution.caller, execution.position)
         seed_section(self.seed, self.rank, self.commits, self._calls)
         if self.fabric is not None:
             execution.operations_before = self.fabric.num_issued()
@@ -360,13 +360,17 @@ class Runner:
         assert self.protected is not None
         if looks:
             self.protected.note_local_buffers()
+        profile = execution.profile
+        if profile.looks_again or profile.kind is UpdateKind.UNKNOWN:
+            taken = self.local.take_variables(execution.caller)
+            execution.changed_ahead |= taken is not execution.variables
         self.local.publish(
             self.protected,
             execution.position,
             self.commits + 1,
             execution.means,
             final=False,
-            returns=execution.profile.returns,
+            returns=profile.returns,
         )
         execution.published = True
         self._take_snapshot(execution)
@@ -389,14 +393,16 @@ class Runner:
         self.local.take_variables(execution.caller)
         now = self.local.snapshot(protected, execution.means)
         changes = execution.snapshot not in (None, now)
-        votes = torch.tensor(int(changes))
+        votes = torch.tensor([int(changes), int(execution.changed_ahead)])
         self._meeting = fabric.settling = True
         try:
             dist.all_reduce(votes)
         finally:
             self._meeting = fabric.settling = False
         execution.operations_before += 1  # not one of the step's own
-        if votes.item() > 0:
+        late, ahead = votes.tolist()
+        execution.profile.looks_again = ahead > 0
+        if late > 0:
             execution.profile.changes_late = True
             execution.kind = max(execution.kind, UpdateKind.LATE)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from trainonce.worker.cursor import Position
     from trainonce.worker.runner import Runner
+    from trainonce.worker.variables import Taken
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +47,8 @@ class StepProfile:
     """Outline of what it returned last."""
     changes_late: bool = False
     """Whether some rank's local state still changes after the last collective, on any rank."""
+    looks_again: bool = False
+    """Whether variables change in it ahead of that, on any rank."""
 
 
 class StepProfiles:
@@ -72,16 +75,16 @@ class StepProfiles:
     def to_record(self) -> list[list[Any]]:
         """Return what a newcomer must know, as plain values."""
         return [
-            [key, int(p.kind), p.fewest_operations, p.changes_late]
+            [key, int(p.kind), p.fewest_operations, p.changes_late, p.looks_again]
             for key, p in self._known.items()
         ]
 
     def load(self, record: list[list[Any]]) -> None:
         """Take over what another rank knows."""
-        for key, kind, fewest, late in record:
+        for key, kind, fewest, late, again in record:
             profile = self._known.setdefault(key, StepProfile())
             profile.kind, profile.fewest_operations = UpdateKind(kind), fewest
-            profile.changes_late = late
+            profile.changes_late, profile.looks_again = late, again
 
 
 @dataclass
@@ -101,6 +104,10 @@ class Execution:
     """Until the last collective was issued, less what was waited for others."""
     published: bool = False
     """Local state for its commit is in the mirror."""
+    variables: Taken | None = None
+    """Of the script, when it began."""
+    changed_ahead: bool = False
+    """Whether they were others when local state was published ahead of the commit."""
     snapshot: bytes | None = None
     """Of the local state that is in the mirror, in the first execution."""
     stepped: bool = False

@@ -154,3 +154,5 @@ def test_averages_that_a_script_keeps_come_along(calm, shaken, faults):
     result = shaken("averages.py", faults=faults)
     assert result.values("averages") == calm("averages.py").values("averages"), result.explain()
     assert "cannot come along" not in result.stderr, result.explain()
+    assert result.values("late")[0] == [False, False]  # noted ahead of the backward pass
+    assert result.values("looks")[0] == [False, True]

@@ -61,4 +61,6 @@ record(
     state=state_digests(model=model, optimizer=optimizer),
     averages=[*epochs, best.item(), *(each.item() for each in (*history["all"], *inside))],
     steps=run.step_index,
+    late=[step.profile.changes_late for step in (train, noting)],
+    looks=[step.profile.looks_again for step in (train, noting)],
 )

@@ -36,6 +36,7 @@ the script uses the package.
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -195,3 +196,8 @@ class DamagedError(StoreError):
 
 class LeaseLostError(StoreError):
     """Someone else has taken this claim over meanwhile, so its result is refused."""
+
+
+def is_full(error: OSError) -> bool:
+    """Tell whether a file system had no room left, or let a file grow no further."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -397,6 +397,24 @@ def test_output_is_teed_with_torchruns_prefix_and_kept_in_its_folders(tmp_path):
     assert kept.read_text() == "rank 1 of 2, local 1\n"
 
 
+def test_output_that_can_no_longer_be_shown_is_told_once_and_kept_all_the_same(tmp_path):
+    script = tmp_path / "hello.sh"
+    script.write_text('#!/bin/sh\nfor each in 1 2 3; do echo "$RANK $each"; sleep 0.2; done\n')
+    script.chmod(0o755)
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, LAUNCHER, "run", "--nproc-per-node=2", "--tee", "3", "--log-dir",
+             tmp_path / "logs", "--job-id", "t", "--no-python", script],
+            env={**ENV, "TRAINONCE_HOME": str(tmp_path / "home")},
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("can no longer be shown (No space left on device)") == 1
+    for rank in "01":
+        kept = tmp_path / "logs" / "t" / "attempt_0" / rank / "stdout.log"
+        assert kept.read_text() == f"{rank} 1\n{rank} 2\n{rank} 3\n"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -414,6 +432,7 @@ def test_output_is_teed_with_torchruns_prefix_and_kept_in_its_folders(tmp_path):
         (["--grace-s", "nan", str(FAKE)], "--grace-s is nan"),
         (["--health", "crystal-ball", str(FAKE)], "no source of health signals"),
         (["--tee", "7", str(FAKE)], "--tee '7'"),
+        (["--tee", "3", "--log-dir", "/proc/none", str(FAKE)], "cannot keep the output of workers"),
         (["--resume", "nothing", str(FAKE)], "--resume nothing"),
         (["--no-python", "./no-such-program"], "cannot start './no-such-program'"),
         ([], "the following arguments are required"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import uuid
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from trainonce.errors import CheckpointError
+from trainonce.errors import CheckpointError, is_full
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -107,10 +106,9 @@ def explained(doing: str, path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise CheckpointError(
             f"{doing} {path} failed: {error}",
             hint="make room there, keep fewer checkpoints, or save to another folder"
-            if full
+            if is_full(error)
             else "check that the folder exists, is writable, and is not used by another job",
         ) from error

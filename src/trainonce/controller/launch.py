@@ -99,7 +99,7 @@ def run_job(options: RunOptions, ledger: Ledger, *, crossed: Iterable[BudgetCros
             clock=clock,
             ledger=ledger,
             view=live,
-            logs=LogFiles(options, folder / "logs", job_id),
+            logs=LogFiles(options, folder / "logs", job_id, live.say),
             store=store,
             resume=resume,
         )

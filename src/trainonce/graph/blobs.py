@@ -8,14 +8,13 @@ and counts as missing, and whoever needs it writes it again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 import threading
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from trainonce.errors import StoreError
+from trainonce.errors import StoreError, is_full
 from trainonce.graph.digest import digest_bytes
 from trainonce.graph.leases import is_dead, process_identity
 
@@ -61,10 +60,11 @@ class Blobs:
             try:
                 self._write(name, data)
             except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 raise StoreError(
                     f"a result of {len(data)} bytes cannot be stored: {error}",
-                    hint="free some space, or give the store a smaller budget" if full else None,
+                    hint="free some space, or give the store a smaller budget"
+                    if is_full(error)
+                    else None,
                 ) from error
         return name
 

@@ -15,13 +15,14 @@ import traceback
 import types
 
 from trainonce import settings
-from trainonce.worker import imports
+from trainonce.worker import imports, output
 
 
 def main() -> None:
     """Run the script named on the command line."""
     arguments = sys.argv[1:]
     imports.watch()
+    output.outlive_full_disks(_tell)
     if os.environ.get(settings.SPARE.name) == "1":
         _withhold_rank()
     try:
@@ -89,6 +90,17 @@ def _report(error: BaseException) -> None:
     run = session.current() if session else None
     if run is not None:
         run.report_failure(error)
+
+
+def _tell(text: str) -> bool:
+    session = sys.modules.get("trainonce.worker.session")
+    run = session.current() if session else None
+    link = run.link if run is not None else None
+    if link is not None:
+        from trainonce.wire.messages import Note
+
+        link.send(Note(key="output", level="warning", text=text))
+    return link is not None
 
 
 def _exit_code(error: SystemExit) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-_IMMUTABLE = frozenset((type(None), bool, int, float, complex, str, bytes))
+from trainonce.worker.values import LazyMean
+
+_IMMUTABLE = frozenset((type(None), bool, int, float, complex, str, bytes, LazyMean))
 
 
 def assign_tree(present: Any, wanted: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
@@ -31,6 +32,18 @@ class Loader(Protocol):
         ...
 
 
+@dataclasses.dataclass(slots=True)
+class StatefulPlace:
+    """Where a loader of the user's own stands."""
+
+    epoch: int = 0
+    offset: int = 0
+    state: Any = None
+    """What it told of itself there; None before the first batch."""
+    moved: bool = False
+    """Whether it has still to be given that state."""
+
+
 class StatefulLoader:
     """A loader of the user's own that can save and restore where it is.
 
@@ -49,15 +62,21 @@ class StatefulLoader:
             has that.
         seed: The run's seed.
         rank: This process's rank, if it is known.
+        place: Where another, which this one follows, has left the loader.
     """
 
-    def __init__(self, inner: Any, *, seed: int, rank: int | None = None) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        *,
+        seed: int,
+        rank: int | None = None,
+        place: StatefulPlace | None = None,
+    ) -> None:
         self.inner = inner
         self.seed = seed
+        self.place = place or StatefulPlace()
         self._rank = rank
-        self._at = (0, 0)
-        self._state: Any = None
-        self._moved = False
         self._epoch = 0
 
     def bind(self, rank: int | None, world_size: int) -> None:
@@ -80,13 +99,14 @@ class StatefulLoader:
 
     def local_state(self) -> dict[str, Any]:
         """Return where this rank is, to be kept with its rank-local state."""
-        return {"epoch": self._at[0], "offset": self._at[1], "state": self._state}
+        place = self.place
+        return {"epoch": place.epoch, "offset": place.offset, "state": place.state}
 
     def load_local_state(self, state: dict[str, Any]) -> None:
         """Take over what `local_state` returned, in this process or another."""
-        self._at = (state["epoch"], state["offset"])
-        self._state = state["state"]
-        self._moved = True
+        place = self.place
+        place.epoch, place.offset, place.state = state["epoch"], state["offset"], state["state"]
+        place.moved = True
 
     def iterate(self, epoch: int, offset: int = 0) -> Iterator[tuple[Any, int]]:
         """Yield (batch, the offset after it) for the rest of `epoch` from `offset` on.
@@ -94,13 +114,14 @@ class StatefulLoader:
         Raises:
             DataError: There is no state for this position.
         """
-        here = self._at == (epoch, offset) and self._state is not None
-        if here and (offset or self._moved):
-            self.inner.load_state_dict(self._state)
-            self._moved = False
+        place = self.place
+        here = (place.epoch, place.offset) == (epoch, offset) and place.state is not None
+        if here and (offset or place.moved):
+            self.inner.load_state_dict(place.state)
+            place.moved = False
         elif offset:
             raise DataError(
-                f"the loader's state is of epoch {self._at[0]}, batch {self._at[1]}, and not of "
+                f"the loader's state is of epoch {place.epoch}, batch {place.offset}, and not of "
                 f"epoch {epoch}, batch {offset}",
                 hint="call load_local_state with the state of that position first",
             )
@@ -118,9 +139,9 @@ class StatefulLoader:
             except StopIteration:
                 break
             offset += 1
-            self._at, self._state = (epoch, offset), state
+            place.epoch, place.offset, place.state = epoch, offset, state
             yield batch, offset
-        self._at, self._state = (epoch + 1, 0), self.inner.state_dict()
+        place.epoch, place.offset, place.state = epoch + 1, 0, self.inner.state_dict()
 
     def sample_batch(self) -> Any:
         """Return the next batch, and put the inner loader back to before it."""
@@ -136,7 +157,12 @@ class StatefulLoader:
 
 
 def adapt_loader(
-    loader: Any, *, seed: int, world_size: int, rank: int | None = None
+    loader: Any,
+    *,
+    seed: int,
+    world_size: int,
+    rank: int | None = None,
+    place: StatefulPlace | None = None,
 ) -> ShardedLoader | StatefulLoader:
     """Return `loader` in a form whose position survives.
 
@@ -145,6 +171,13 @@ def adapt_loader(
     order is dealt to the ranks anew: a sequential, random or distributed sampler becomes
     `shuffle`, any other sampler keeps the order.
 
+    Args:
+        loader: Any.
+        seed: The run's seed.
+        world_size: Number of ranks.
+        rank: This process's rank, if it is known.
+        place: Where `loader` was left, if it keeps its own ways and was adapted before.
+
     Raises:
         DataError: Its position cannot be restored; the hint says what can.
     """
@@ -152,7 +185,7 @@ def adapt_loader(
         loader.bind(rank, world_size)
         return loader
     if all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict")):
-        return StatefulLoader(loader, seed=seed, rank=rank)
+        return StatefulLoader(loader, seed=seed, rank=rank, place=place)
     if not isinstance(loader, DataLoader):
         raise DataError(
             f"the position of {type(loader).__name__} cannot be restored: it has no state",

@@ -65,17 +65,24 @@ class Dispatcher:
             self._issue(log, op)
 
     def finish(self, log: Log, op: Op) -> None:
-        """Give the caller of `op` its result.
+        """Give the caller of `op` its result, or what became of the attempt.
 
         By the one thread that set it DELIVERING, without the lock: callbacks run here.
         """
-        op.deliver(op.buffers)
+        failure: Exception | None = None
+        try:
+            op.deliver(op.buffers)
+        except Exception as error:  # the caller's tensor does not take it
+            failure = error
         with self._lock:
             self._progress["completed"] += 1
             self._journal.close(log, op)
             if isinstance(log, Channel):
                 self._message_moved.notify_all()
-        op.future.set_result(op.value)
+        if failure is None:
+            op.future.set_result(op.value)
+        else:
+            op.future.set_exception(failure)
         op.let_go()
 
     def wait(self, log: Log, op: Op) -> None:

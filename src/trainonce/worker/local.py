@@ -21,7 +21,7 @@ from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
 from trainonce.worker.mirror import Mirror
 from trainonce.worker.operation import OpState
 from trainonce.worker.values import MAX_MEANS, LazyMean, merged, outline
-from trainonce.worker.variables import Variables
+from trainonce.worker.variables import NOTHING, Taken, Variables
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,8 +79,8 @@ class LocalState:
         self._head: tuple[dict[str, Any], Any, bytes] | None = None
         self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
         self.variables = Variables()
-        self._variables = b""
-        self._opening: tuple[Position, bytes] | None = None
+        self._variables = NOTHING
+        self._opening: tuple[Position, Taken] | None = None
 
     # ------------------------------------------------------------------ publishing
 
@@ -109,7 +109,7 @@ class LocalState:
         self._keep_results(position)
         if shares is None:
             shares = [mean.local for mean in means]
-        head = self._head_of(protected, position, shares)
+        head = self._head_of(protected, position, means, shares)
         payload = self._encode(head, position, means, final=final, returns=returns)
         if self.mirror is None or not self.mirror.fits(len(payload)):
             self._grow_mirror(len(payload))
@@ -129,16 +129,20 @@ class LocalState:
         is_live = functools.partial(self._cursor.is_live, latest=position)
         self.values.add(position, value, is_live, commits)
 
-    def take_variables(self, caller: FrameType, position: Position | None = None) -> None:
+    def take_variables(self, caller: FrameType, position: Position | None = None) -> Taken:
         """Take the script's variables around the call of a step, for the next publication.
 
         Args:
             caller: Where the step is called.
             position: Of a step that begins.
+
+        Returns:
+            What was taken; the same as before where nothing has changed.
         """
         self._variables = self.variables.take(caller)
         if position is not None and self._opening is None:
             self._opening = (position, self._variables)
+        return self._variables
 
     def begin_iteration(self) -> None:
         """Note that the next step is the first of an iteration."""
@@ -149,14 +153,14 @@ class LocalState:
         """Position of the first step of the present iteration."""
         return None if self._opening is None else self._opening[0]
 
-    def snapshot(self, protected: Protected) -> bytes:
-        """Return what tells whether a step goes on to change local state."""
+    def snapshot(self, protected: Protected, means: list[LazyMean]) -> bytes:
+        """Return what tells whether a step goes on to change local state; `means` are its own."""
         kept = {
             "state": self.user,
             "buffers": protected.local_buffers(),
             "modes": protected.modes.read(),
         }
-        return encoding.encode(kept) + self._variables
+        return encoding.encode(kept) + self._variables.encoded(means)
 
     def note_collective(self, position: Position, op: Op) -> None:
         """Take note of a collective between steps; its result is kept with the next commit."""
@@ -180,11 +184,15 @@ class LocalState:
         return value.get(self._world_size) if known else None
 
     def _head_of(
-        self, protected: Protected, position: Position | None, shares: list[float]
+        self,
+        protected: Protected,
+        position: Position | None,
+        means: list[LazyMean],
+        shares: list[float],
     ) -> dict[str, Any]:
         return {
             "position": position,
-            "opening": (position, b"") if self.opening == position else self._opening,
+            "opening": self._encode_opening(position, means),
             "state": self.user,
             "buffers": protected.local_buffers() if protected.has_buffers else {},
             "hooks": protected.hooks.read(),
@@ -213,7 +221,16 @@ class LocalState:
             ) from error
         # Once this step is committed, nobody comes again to what is past.
         is_live = None if final else functools.partial(self._cursor.is_live, latest=position)
-        return join([encoded, self._variables, *self.values.encode(position, means, is_live)])
+        values = self.values.encode(position, means, is_live)
+        return join([encoded, self._variables.encoded(means), *values])
+
+    def _encode_opening(
+        self, position: Position | None, means: list[LazyMean]
+    ) -> tuple[Position, bytes] | None:
+        if self._opening is None:
+            return None
+        at, variables = self._opening
+        return at, b"" if at == position else variables.encoded(means)
 
     def _encode_head(self, head: dict[str, Any], returns: Any) -> bytes:
         # Mostly the same at the commit as ahead of it. What may have changed in place is not
@@ -289,12 +306,13 @@ class LocalState:
         """
         head, variables, *values = split(payload)
         record = encoding.decode(head)
-        self._opening = record.get("opening")
-        self.variables.restore(variables, self._opening[1] if self._opening else b"")
-        self._variables = bytes(variables)
         # Of those that its process did not come to, the others know the average.
         unknown = [math.nan] * (MAX_MEANS - len(record["means"]))
         means = [LazyMean(local, i) for i, local in enumerate((*record["means"], *unknown))]
+        at, opening = record.get("opening") or (None, b"")
+        self._opening = None if at is None else (at, Taken.of(opening))
+        self._variables = Taken.of(variables)
+        self.variables.restore(variables, opening, means)
         self._cursor.committed = record["position"]
         self._cursor.behind = record["position"] is not None
         self.values.restore(values, means)

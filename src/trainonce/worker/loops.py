@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainonce.worker.cursor import Cursor, Loop
     from trainonce.worker.data import StatefulLoader
     from trainonce.worker.loader import ShardedLoader
+    from trainonce.worker.sources import SourceKey
 
     Source = ShardedLoader | StatefulLoader
 
@@ -55,8 +56,8 @@ class Loops:
         self._cannot_count = cannot_count
         self._begin = begin
         self._epoch: int | None = None
-        self._passes: dict[int, int] = {}
-        self._restored_passes: dict[int, int] = {}
+        self._passes: dict[SourceKey, int] = {}
+        self._restored_passes: dict[SourceKey, int] = {}
         self._restored: dict[int, _Place] = {}
         self._samples = 0
         self._waited_ns = 0
@@ -116,16 +117,16 @@ class Loops:
             self._epoch = None
             self._cursor.leave_loop(loop)
 
-    def batches(self, source: Source, ordinal: int, max_steps: int | None) -> Iterator[Any]:
+    def batches(self, source: Source, key: SourceKey, max_steps: int | None) -> Iterator[Any]:
         """Yield the batches that are not consumed; begins again at the end if it must.
 
         Args:
             source: Where they come from.
-            ordinal: Names the source on all ranks.
+            key: Names the source on all ranks.
             max_steps: Stop after so many.
         """
         me: list[weakref.ref[Iterator[Any]]] = []
-        batches = self._batches(source, ordinal, max_steps, me)
+        batches = self._batches(source, key, max_steps, me)
         me.append(weakref.ref(batches))
         return batches
 
@@ -138,7 +139,7 @@ class Loops:
     def _batches(
         self,
         source: Source,
-        ordinal: int,
+        key: SourceKey,
         max_steps: int | None,
         me: list[weakref.ref[Iterator[Any]]],
     ) -> Iterator[Any]:
@@ -151,8 +152,8 @@ class Loops:
         self._enter()
         loop = self._cursor.enter_loop()
         self._count_on(me[0](), loop.begin or 0)
-        passes = self._passes.get(ordinal, 0)
-        self._passes[ordinal] = passes + 1
+        passes = self._passes.get(key, 0)
+        self._passes[key] = passes + 1
         try:
             if loop.begin is None or (loop.is_done and loop.kept is None):
                 return

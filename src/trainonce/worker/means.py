@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -32,6 +34,9 @@ class Means:
     def reduce(self, commits: int) -> None:
         """Issue the reduction of the last commit's means; they are read when asked for."""
         means, self._waiting = self._waiting, []
+        if self._world_size == 1:
+            for mean in means:
+                mean.average = mean.local
         if not means or self._world_size == 1:
             return
         self._reduced_at = commits
@@ -44,7 +49,8 @@ class Means:
         def read(index: int) -> float:
             assert work is not None
             work.wait()
-            return float(sums[index] / sums[MAX_MEANS + index])
+            total, count = sums[index].item(), sums[MAX_MEANS + index].item()
+            return total / count if count else math.nan
 
         for index, mean in enumerate(means):
             mean.resolve(lambda index=index: read(index))

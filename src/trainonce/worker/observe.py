@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,6 @@ class LoaderAdvice:
     """Advises once to prepare samples offline, where they take long and are waited for.
 
     Args:
-        times: Measures the loading of samples.
         waited_ns: Returns how long this rank has waited for batches.
         rank: Returns this rank.
         notify: Sends a message to the launcher.
@@ -36,34 +36,39 @@ class LoaderAdvice:
 
     def __init__(
         self,
-        times: LoadingTimes,
         waited_ns: Callable[[], int],
         rank: Callable[[], int],
         notify: Callable[..., object],
     ) -> None:
-        self._times = times
+        self._times: weakref.WeakSet[LoadingTimes] = weakref.WeakSet()
         self._waited_ns = waited_ns
         self._rank = rank
         self._notify = notify
         self._commits = 0
         self._begun = (0, 0)
-        self._told = False
+        self._told: set[str] = set()
+
+    def watch(self, times: LoadingTimes) -> None:
+        """Look at the loading of samples that `times` measures, for as long as that lives."""
+        self._times.add(times)
 
     def after_commit(self) -> None:
         """Look now and then."""
         self._commits += 1
-        if self._told or self._commits % _LOOK_EVERY:
+        if self._commits % _LOOK_EVERY:
             return
         now = (time.monotonic_ns(), self._waited_ns())
         before, self._begun = self._begun, now
-        if not before[0]:
-            return
         share = (now[1] - before[1]) / max(now[0] - before[0], 1)
-        seconds = self._times.seconds_a_sample()
-        slowest = self._times.slowest()
-        if seconds < ADVISE_S or share < ADVISE_WAIT_SHARE or not slowest:
+        if not before[0] or share < ADVISE_WAIT_SHARE:
             return
-        self._told = True
+        for times in list(self._times):
+            if times.seconds_a_sample() >= ADVISE_S and times.slowest() not in ("", *self._told):
+                self._tell(times, share)
+
+    def _tell(self, times: LoadingTimes, share: float) -> None:
+        seconds, slowest = times.seconds_a_sample(), times.slowest()
+        self._told.add(slowest)
         event = LoaderSlow(rank=self._rank(), sample_s=seconds, waited_share=share, slowest=slowest)
         self._notify(Report(event=event.to_record()))
         self._notify(

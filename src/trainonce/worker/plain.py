@@ -1,4 +1,4 @@
-"""Plain values: numbers, texts, small tensors and arrays, and containers of these.
+"""Plain values: numbers, averages, texts, small tensors and arrays, and containers of these.
 
 How large they are, and whether two are the same.
 """
@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from trainonce.worker.values import LazyMean
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _MOST_ELEMENTS = 64
 _MOST_CHARACTERS = 4096
-_NUMBERS = frozenset((bool, int, float, complex, type(None)))
+_NUMBERS = frozenset((bool, int, float, complex, type(None), LazyMean))
+# As keys they are found again by identity only.
+_BY_IDENTITY = frozenset((torch.Tensor, LazyMean))
 # Of a `defaultdict`: those that have a name in the encoding.
 _FACTORIES = (None, int, float, list, dict, set, str)
 NOT_THE_USERS = ("trainonce", "torch", "runpy")
@@ -42,8 +46,8 @@ def container(value: Any, limit: int) -> int:
     if len(value) > limit:
         return limit + 1
     kind, parts, total = type(value), value, 1
-    if kind is not list and kind is not tuple and torch.Tensor in map(type, value):
-        return -1  # as a key it is found again by identity only
+    if kind not in (list, tuple) and not _BY_IDENTITY.isdisjoint(map(type, value)):
+        return -1
     if issubclass(kind, dict):
         if kind is defaultdict and value.default_factory not in _FACTORIES:
             return -1

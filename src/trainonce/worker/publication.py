@@ -77,6 +77,9 @@ class Publication:
         if looks:
             self._protected.note_local_buffers()
         profile, foreseen = execution.profile, execution.profile.foreseen
+        if profile.looks_again or profile.kind is UpdateKind.UNKNOWN:
+            taken = self._local.take_variables(execution.caller)
+            execution.changed_ahead |= taken is not execution.variables
         if execution.ended:
             self._local.keep_value(execution.position, execution.value, execution.commits + 1)
         elif not profile.changes_late:  # else it is published once more at its end
@@ -97,7 +100,7 @@ class Publication:
     def take_snapshot(self, execution: Execution) -> None:
         """In a first execution, keep what tells whether local state changes from here on."""
         if execution.profile.kind is UpdateKind.UNKNOWN:
-            execution.snapshot = self._local.snapshot(self._protected)
+            execution.snapshot = self._local.snapshot(self._protected, execution.means)
 
     def at_commit(self, execution: Execution) -> None:
         """Publish what holds at the commit, and learn from the step for the next executions."""
@@ -166,11 +169,14 @@ class Publication:
         all, and `run.state` may change on one of them only.
         """
         self._local.take_variables(execution.caller)
-        changes = execution.snapshot not in (None, self._local.snapshot(self._protected))
-        votes = torch.tensor(int(changes or self._reports_late(execution)))
+        now = self._local.snapshot(self._protected, execution.means)
+        late = execution.snapshot not in (None, now) or self._reports_late(execution)
+        votes = torch.tensor([int(late), int(execution.changed_ahead)])
         with self._waiting():
             dist.all_reduce(votes)
-        if votes.item() > 0:
+        late, ahead = votes.tolist()
+        execution.profile.looks_again = ahead > 0
+        if late > 0:
             execution.profile.changes_late = True
             execution.kind = max(execution.kind, UpdateKind.LATE)
 

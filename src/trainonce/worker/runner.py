@@ -118,6 +118,7 @@ class Runner:
         self.protected: Protected | None = None
         self.publication: Publication | None = None
         self.steps: list[Step[Any, Any]] = []
+        """Those of set-up, for rehearsals."""
         self.commits = 0
         self.rehearsing = False
         self.inside = False
@@ -134,7 +135,8 @@ class Runner:
         self.started_at = 0
         self.drain = DrainOrder()
         self.prepare: Callable[[], None] = lambda: None
-        self._entered = False
+        self.entered = False
+        """Whether set-up is over: the script has come to its first loop or step."""
         self.profiles = StepProfiles()
         self._calls = 0
         self._at_commit: list[Callable[[], object]] = []
@@ -217,14 +219,14 @@ class Runner:
 
     def enter(self) -> None:
         """Leave set-up, before the first loop or step; a spare waits here for a rank."""
-        if self._entered:
+        if self.entered:
             return
         if self.protected is None:
             raise ConfigError(
                 "run.protect was not called before the first step",
                 hint="run.protect(model=model, optimizer=optimizer, loader=loader)",
             )
-        self._entered = self.inside = True
+        self.entered = self.inside = True
         try:
             if self.fabric is not None:
                 self.passes.pipelines.watch()
@@ -296,7 +298,7 @@ class Runner:
             self.replay.finish(execution.caller)
         self.injector.at("between")
         self.protected.check_unchanged()
-        self.local.take_variables(execution.caller, execution.position)
+        execution.variables = self.local.take_variables(execution.caller, execution.position)
         seed_section(self.seed, self.rank, self.commits, self._calls)
         if execution.profile.kind >= UpdateKind.OPAQUE:
             self.shadow.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
@@ -78,10 +79,13 @@ class Run:
             notify=self._notify,
         )
         self.state: MutableMapping[str, Any] = self._runner.local.user
-        self._sources = Sources(seed, self._world_size, self._promotion)
+        self._sources = Sources(
+            seed, self._world_size, self._promotion, lambda: self._runner.entered
+        )
         self._device = _choose_device(launched=link is not None)
         progress["peak_flops"] = peak_flops(self._device)
         self._member: Member | None = None
+        self._advice: LoaderAdvice | None = None
         if link is None or self._fabric is None:
             _join_plainly(self._device, self._world_size)
             return
@@ -93,6 +97,10 @@ class Run:
             device=self._device,
             checkpoints=checkpoints,
         )
+        self._advice = LoaderAdvice(
+            lambda: self._runner.loops.waited_ns, lambda: self._promotion.rank, self._notify
+        )
+        self._runner.after_commit.append(self._advice.after_commit)
         if seconds := _profile_s():
             profile = LightProfile(
                 seconds, self._runner.loops, lambda: self._promotion.rank, self._notify
@@ -178,7 +186,7 @@ class Run:
         self._runner.protect(protected)
         self._runner.verify_every = verify_replicas_every
         for loader in loaders.values():
-            self._sources.number(loader)
+            self._sources.add(loader, sys._getframe(1))
         self._runner.shadow.wanted = shadow_every
         if self._member is not None:
             self._member.agree()
@@ -193,7 +201,8 @@ class Run:
         step whose gradients stay local (`no_sync`) joins the next one that applies them.
         """
         step = Step(self._runner, function)
-        self._runner.steps.append(step)
+        if not self._runner.entered:
+            self._runner.steps.append(step)
         return step
 
     def batches(self, loader: Any, *, max_steps: int | None = None) -> Iterator[Any]:
@@ -204,11 +213,12 @@ class Run:
             max_steps: Stop after so many batches, going over the data again if need be.
                 None: one pass.
         """
-        number, source = self._sources.number(loader), self._sources.adapt(loader)
+        caller = sys._getframe(1)
+        key, source = self._sources.add(loader, caller), self._sources.adapt(loader, caller)
         if not self._runner.rehearsing:
             self._runner.enter()
         source.bind(self._promotion.rank, self._world_size)
-        return self._runner.loops.batches(source, number, max_steps)
+        return self._runner.loops.batches(source, key, max_steps)
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """Iterate over the epochs that are not completed yet."""
@@ -257,27 +267,18 @@ class Run:
 
         Takes the options of `torch.utils.data.DataLoader`; see docs/data.md.
         """
-        loader = self._observed(
-            ShardedLoader(
-                dataset,
-                batch_size,
-                shuffle,
-                seed=self.seed,
-                world_size=self._world_size,
-                rank=self._sources.rank,
-                **options,
-            )
+        loader = ShardedLoader(
+            dataset,
+            batch_size,
+            shuffle,
+            seed=self.seed,
+            world_size=self._world_size,
+            rank=self._sources.rank,
+            **options,
         )
-        self._sources.number(loader)
-        return loader
-
-    def _observed(self, loader: ShardedLoader) -> ShardedLoader:
-        if self._link is not None:
-            loops = self._runner.loops
-            advice = LoaderAdvice(
-                loader.times, lambda: loops.waited_ns, lambda: self._promotion.rank, self._notify
-            )
-            self._runner.after_commit.append(advice.after_commit)
+        self._sources.add(loader, sys._getframe(1))
+        if self._advice is not None:
+            self._advice.watch(loader.times)
         return loader
 
     # ------------------------------------------------------------------ for the runtime itself

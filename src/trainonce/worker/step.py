@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainonce.worker.foreseen import Sight
     from trainonce.worker.runner import Runner
     from trainonce.worker.values import LazyMean
+    from trainonce.worker.variables import Taken
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +58,8 @@ class StepProfile:
     foreseen: Foreseen = field(default_factory=Foreseen)
     changes_late: bool = False
     """Whether some rank's local state still changes after the last collective, on any rank."""
+    looks_again: bool = False
+    """Whether variables change in it ahead of that, on any rank."""
 
     def may_be_last(self, issued: int) -> bool:
         """Tell whether a collective may be the last one, after `issued` others of its step.
@@ -73,8 +76,16 @@ class StepProfiles:
         self._known: dict[str, StepProfile] = {}
         self._counts: dict[str, int] = {}
 
-    def register(self, name: str) -> StepProfile:
-        """Return the profile of the next step function of this name that the script makes."""
+    def register(self, function: Callable[..., Any], *, in_set_up: bool) -> StepProfile:
+        """Return the profile of a step function that the script makes.
+
+        Those of set-up count by name. What a loop makes, in each epoch say, shares a profile: a
+        newcomer leaves out iterations, and would count fewer of them.
+        """
+        name = function.__qualname__
+        if not in_set_up:
+            line = getattr(getattr(function, "__code__", None), "co_firstlineno", 0)
+            return self._known.setdefault(f"{name}:{line}", StepProfile())
         count = self._counts.get(name, 0)
         self._counts[name] = count + 1
         return self._known.setdefault(f"{name}/{count}", StepProfile())
@@ -82,15 +93,19 @@ class StepProfiles:
     def to_record(self) -> list[list[Any]]:
         """Return what a newcomer must know, as plain values."""
         return [
-            [key, int(p.kind), list(p.operations), p.changes_late, p.foreseen.to_record()]
+            [
+                key, int(p.kind), list(p.operations), p.changes_late, p.looks_again,
+                p.foreseen.to_record(),
+            ]
             for key, p in self._known.items()
-        ]
+        ]  # fmt: skip
 
     def load(self, record: list[list[Any]]) -> None:
         """Take over what another rank knows."""
-        for key, kind, operations, late, foreseen in record:
+        for key, kind, operations, late, again, foreseen in record:
             profile = self._known.setdefault(key, StepProfile())
             profile.kind, profile.changes_late = UpdateKind(kind), late
+            profile.looks_again = again
             profile.operations = deque(operations, maxlen=_REMEMBERED)
             profile.foreseen.load(foreseen)
 
@@ -115,6 +130,10 @@ class Execution:
     """Until the last collective was issued, less what was waited for others."""
     published: bool = False
     """Local state for its commit is in the mirror."""
+    variables: Taken | None = None
+    """Of the script, when it began."""
+    changed_ahead: bool = False
+    """Whether they were others when local state was published ahead of the commit."""
     snapshot: bytes | None = None
     """Of the local state that is in the mirror, in the first execution."""
     stepped: bool = False
@@ -152,7 +171,7 @@ class Step(Generic[P, R]):
     def __init__(self, runner: Runner, function: Callable[P, R]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
-        self.profile = runner.profiles.register(function.__qualname__)
+        self.profile = runner.profiles.register(function, in_set_up=not runner.entered)
         self._runner = runner
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -209,7 +209,8 @@ class SymmetricGroup(dist.ProcessGroup):
     def then(self, work: OnceWork, finish: Callable[[], object], value: list[Any]) -> OnceWork:
         """Return the handle of an operation that calls `finish` where `work` is complete."""
 
-        def complete(_: Any) -> list[Any]:
+        def complete(done: torch.futures.Future[Any]) -> list[Any]:
+            done.value()
             finish()
             return value
 
@@ -217,8 +218,14 @@ class SymmetricGroup(dist.ProcessGroup):
 
     def all_of(self, works: list[OnceWork], value: list[Any]) -> OnceWork:
         """Return the handle of an operation that consists of `works`."""
-        every = torch.futures.collect_all([work.get_future() for work in works])
-        return OnceWork(every.then(lambda _: value), self._waiting)
+        futures = [work.get_future() for work in works]
+
+        def complete(_: Any) -> list[Any]:
+            for future in futures:
+                future.value()
+            return value
+
+        return OnceWork(torch.futures.collect_all(futures).then(complete), self._waiting)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any, Final, final
 
 from trainonce.errors import StepError
@@ -185,7 +186,16 @@ class LazyMean:
     def __init__(self, local: float, place: int) -> None:
         self.local = local
         self.place = place
+        self.average: float | None = None
+        """None as long as nobody has read it."""
         self._read: Callable[[], float] | None = None
+
+    @classmethod
+    def known(cls, average: float) -> LazyMean:
+        """Return one of which the average is known."""
+        mean = cls(average, 0)
+        mean.average = average
+        return mean
 
     def resolve(self, read: Callable[[], float]) -> None:
         """Tell how to read the average once it has been asked for."""
@@ -193,7 +203,9 @@ class LazyMean:
 
     def item(self) -> float:
         """Wait for the average and return it; the local value before the commit."""
-        return self.local if self._read is None else self._read()
+        if self.average is None and (read := self._read) is not None:
+            self.average, self._read = read(), None
+        return self.local if self.average is None else self.average
 
     def __float__(self) -> float:
         return self.item()
@@ -255,28 +267,91 @@ def _number(value: Any) -> Any:
 
 
 _MEAN = "\0trainonce.mean"
+_MEANS = "\0trainonce.means"
+_ONLY_MEANS = frozenset((LazyMean,))
 
 
-def pack_value(value: Any, means: list[LazyMean]) -> Any:
-    """Return `value` with its means replaced by their places in `means`.
+def pack_value(value: Any, means: Sequence[LazyMean]) -> Any:
+    """Return `value` with its means replaced by their places in `means`, or by the averages.
 
-    Means of earlier steps are no longer reduced anew: they are the averages.
+    Means of earlier steps are no longer reduced anew: they are the averages, and waited for.
+
+    Args:
+        value: A tree of containers.
+        means: Those of the step that is being committed.
     """
-    if isinstance(value, LazyMean):
-        return [_MEAN, value.place] if value in means else value.item()
-    if isinstance(value, dict):
-        return {key: pack_value(each, means) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(pack_value(each, means) for each in value)
-    return value
+    return _pack(value, means, [])
 
 
-def unpack_value(value: Any, means: list[LazyMean]) -> Any:
+def pack_settled(value: Any, means: Sequence[LazyMean]) -> tuple[Any, bool]:
+    """Do as `pack_value`, and tell whether there are none of `means` in `value`."""
+    unsettled: list[LazyMean] = []
+    return _pack(value, means, unsettled), not unsettled
+
+
+def unpack_value(value: Any, means: Sequence[LazyMean]) -> Any:
     """Undo `pack_value`."""
-    if isinstance(value, list) and len(value) == 2 and value[0] == _MEAN:
-        return means[value[1]]
+    kind = type(value)
+    if kind is list and value and type(value[0]) is str:
+        if value[0] == _MEAN:
+            return means[value[1]] if len(value) == 2 else LazyMean.known(value[-1])
+        if value[0] == _MEANS:
+            return [means[at] if type(at) is int else LazyMean.known(at) for at in value[1]]
     if isinstance(value, dict):
-        return {key: unpack_value(each, means) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(unpack_value(each, means) for each in value)
+        return _with_entries(value, {k: unpack_value(each, means) for k, each in value.items()})
+    if kind in (list, tuple):
+        return kind(unpack_value(each, means) for each in value)
     return value
+
+
+def _pack(value: Any, means: Sequence[LazyMean], unsettled: list[LazyMean]) -> Any:
+    kind = type(value)
+    if kind is LazyMean:
+        return [_MEAN, *_read_or_place(value, means, unsettled)]
+    if kind is list and value and _ONLY_MEANS.issuperset(map(type, value)):
+        packed: list[Any] = [mean.average for mean in value]
+        while None in packed:
+            at = packed.index(None)
+            packed[at] = _read_or_place(value[at], means, unsettled)[-1]
+        return [_MEANS, packed]
+    if isinstance(value, dict):
+        entries = {key: _pack(each, means, unsettled) for key, each in value.items()}
+        return _with_entries(value, entries)
+    if kind in (list, tuple):
+        return kind(_pack(each, means, unsettled) for each in value)
+    return value
+
+
+def _read_or_place(
+    mean: LazyMean, means: Sequence[LazyMean], unsettled: list[LazyMean]
+) -> tuple[Any, ...]:
+    """Return the place of a mean that is among `means`; of another, None and the average."""
+    if mean in means:
+        unsettled.append(mean)
+        return (mean.place,)
+    return None, mean.item()
+
+
+def _with_entries(value: dict[Any, Any], entries: dict[Any, Any]) -> dict[Any, Any]:
+    """Return `entries` as a dict of the kind of `value`, where that has an encoding."""
+    if type(value) is defaultdict and isinstance(value.default_factory, type):
+        made: dict[Any, Any] = defaultdict(value.default_factory)
+        made.update(entries)
+        return made
+    if type(value) is Counter:
+        return Counter(entries)
+    return OrderedDict(entries) if type(value) is OrderedDict else entries
+
+
+def holds_means(value: Any) -> bool:
+    """Tell whether there is a mean in a tree of containers."""
+    kind = type(value)
+    if kind is list or kind is tuple:
+        kinds = set(map(type, value))
+        return LazyMean in kinds or (not kinds.isdisjoint(_TREES) and any(map(holds_means, value)))
+    if isinstance(value, dict):
+        return any(map(holds_means, value.values()))
+    return kind is LazyMean
+
+
+_TREES = (list, tuple, dict, Counter, OrderedDict, defaultdict)

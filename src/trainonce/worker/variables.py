@@ -19,13 +19,15 @@ from trainonce.wire import encoding
 from trainonce.worker.copies import assign_tree, copy_tree
 from trainonce.worker.plain import container, same
 from trainonce.worker.scopes import scopes
-from trainonce.worker.values import LazyMean
+from trainonce.worker.values import holds_means, pack_settled, unpack_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import FrameType
 
+    from trainonce.worker.plain import Measure
     from trainonce.worker.scopes import Scope
+    from trainonce.worker.values import LazyMean
 
 # Of all variables together, in scalars: they are looked at in every step.
 _MOST_PARTS = 512
@@ -43,6 +45,11 @@ class _Known:
     """At the last, copied: what is changed in place would not be recognised otherwise."""
     changed: set[str] = field(default_factory=lambda: set())
     """Those that have changed since the first."""
+    averages: set[str] = field(default_factory=lambda: set())
+    """Those that hold averages of `run.mean`."""
+
+    def __post_init__(self) -> None:
+        self.averages.update(name for name, value in self.first.items() if holds_means(value))
 
     def update(self, present: dict[str, Any]) -> bool:
         """Take note of `present`, and tell whether any of it has changed since the last look."""
@@ -54,47 +61,60 @@ class _Known:
         ]
         for name in differing:
             last[name] = copy_tree(present[name])
+            if holds_means(present[name]):
+                self.averages.add(name)
+            else:
+                self.averages.discard(name)
         self.changed.update(differing)
         return bool(differing)
 
 
-class Variables:
-    """What is known of the variables around the calls of steps."""
+class Taken:
+    """Variables as they were at one look, to be encoded when they are published.
 
-    def __init__(self) -> None:
-        self._known: dict[str, _Known] = {}
-        self._taken = b""
-        self._names: list[Any] = []
-        """Of what was taken, and of what is too large for that."""
-        self._restored: dict[str, dict[str, Any]] = {}
-        self._opening: dict[str, dict[str, Any]] = {}
-        self._is_on = settings.VARIABLES.get() != "0"
-        self._left_out: set[str] = set()
-        self._large: dict[tuple[str, str], tuple[int, int]] = {}
-        self.missing: list[str] = []
-        """Variables of the predecessor that were too large to be taken."""
+    Not before, since averages of the last step in them are not there yet at the look.
 
-    def take(self, frame: FrameType) -> bytes:
-        """Return the variables that have changed since the first call, encoded.
+    Args:
+        found: By scope and name, copied.
+        averages: Scope and name of those with averages.
+        left_out: Names of what is too large; grows by what has no encoding.
+        data: All of it, if it is encoded.
+    """
+
+    def __init__(
+        self,
+        found: dict[str, dict[str, Any]],
+        averages: list[tuple[str, str]],
+        left_out: set[str],
+        data: bytes | None = None,
+    ) -> None:
+        self._found = found
+        self._averages = averages
+        self._left_out = left_out
+        self._data = data
+
+    @classmethod
+    def of(cls, data: bytes | memoryview) -> Taken:
+        """Return what was encoded elsewhere."""
+        return cls({}, [], set(), bytes(data))
+
+    def encoded(self, means: Sequence[LazyMean]) -> bytes:
+        """Return them encoded; waits for averages of earlier steps than the present one.
 
         Args:
-            frame: Where the step is called.
+            means: Those of the step that is being committed, which are not reduced yet.
         """
-        if not self._is_on:
-            return b""
-        found: dict[str, dict[str, Any]] = {}
-        is_new = False
-        for scope, present in self._look(frame):
-            scope.let_go()
-            known = self._known[scope.key]
-            is_new |= known.update(present)
-            changed = known.changed
-            found[scope.key] = {name: value for name, value in present.items() if name in changed}
-        names = [len(self._left_out), *((key, *values) for key, values in found.items())]
-        if is_new or names != self._names:
-            self._taken = self._encode(found)
-            self._names = names
-        return self._taken
+        if self._data is not None:
+            return self._data
+        found, settled = self._found, True
+        for key, name in self._averages:
+            packed, is_settled = pack_settled(self._found[key][name], means)
+            settled = settled and is_settled
+            found = {**found, key: {**found[key], name: packed}}
+        data = self._encode(found)
+        if settled:
+            self._data, self._found = data, {}
+        return data
 
     def _encode(self, found: dict[str, dict[str, Any]]) -> bytes:
         try:
@@ -106,6 +126,50 @@ class Variables:
                     self._left_out.add(name)
             return encoding.encode([found, sorted(self._left_out)])
 
+
+NOTHING = Taken.of(b"")
+
+
+class Variables:
+    """What is known of the variables around the calls of steps."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+        self._taken = NOTHING
+        self._names: list[Any] = []
+        """Of what was taken, and of what is too large for that."""
+        self._restored: dict[str, dict[str, Any]] = {}
+        self._opening: dict[str, dict[str, Any]] = {}
+        self._is_on = settings.VARIABLES.get() != "0"
+        self._left_out: set[str] = set()
+        self._large: dict[tuple[str, str], tuple[int, int]] = {}
+        self.missing: list[str] = []
+        """Variables of the predecessor that were too large to be taken."""
+
+    def take(self, frame: FrameType) -> Taken:
+        """Return the variables that have changed since the first call.
+
+        Args:
+            frame: Where the step is called.
+        """
+        if not self._is_on:
+            return NOTHING
+        found: dict[str, dict[str, Any]] = {}
+        averages: list[tuple[str, str]] = []
+        is_new = False
+        for scope, present in self._look(frame):
+            scope.let_go()
+            known = self._known[scope.key]
+            is_new |= known.update(present)
+            changed, last = known.changed, known.last
+            found[scope.key] = {name: last[name] for name in present if name in changed}
+            averages += [(scope.key, name) for name in known.averages if name in found[scope.key]]
+        names = [len(self._left_out), *((key, *values) for key, values in found.items())]
+        if is_new or names != self._names:
+            self._taken = Taken(found, averages, self._left_out)
+            self._names = names
+        return self._taken
+
     def begin(self, frame: FrameType) -> None:
         """Take note of the variables around a call that is skipped."""
         if self._is_on:
@@ -114,25 +178,48 @@ class Variables:
 
     def _look(self, frame: FrameType) -> Iterator[tuple[Scope, dict[str, Any]]]:
         """Yield the scopes around a call with what is plain in them, and note what is new."""
-        left = _MOST_PARTS
+        looks: list[tuple[Scope, dict[str, Any], list[tuple[str, Measure]]]] = []
+        total = 0
         for scope in scopes(frame):
             present, measured = scope.plain()
             for name, measure in measured:
-                value = present[name]
-                size = measure(value, left)
-                if 0 <= size <= left:
-                    left -= size
-                    continue
-                del present[name]
-                is_missed = size > left or _would_be_missed(value)
-                if is_missed and measure is container:
-                    is_missed = self._has_changed(scope.key, name, value)
-                if is_missed:
-                    self._left_out.add(name)
+                size = measure(present[name], _MOST_PARTS)
+                if 0 <= size <= _MOST_PARTS:
+                    total += size
+                else:
+                    self._leave_out(scope.key, name, present.pop(name), measure, size)
+            looks.append((scope, present, measured))
+        if total > _MOST_PARTS:
+            self._leave_out_largest(looks, total)
+        for scope, present, _ in looks:
             if scope.key not in self._known:
                 first = {name: copy_tree(value) for name, value in present.items()}
                 self._known[scope.key] = _Known(first, dict(first))
             yield scope, present
+
+    def _leave_out_largest(
+        self, looks: list[tuple[Scope, dict[str, Any], list[tuple[str, Measure]]]], total: int
+    ) -> None:
+        """Leave out the largest variables, so that one that grows does not oust all others."""
+        sizes = [
+            (measure(present[name], _MOST_PARTS), scope, present, name, measure)
+            for scope, present, measured in looks
+            for name, measure in measured
+            if name in present
+        ]
+        for size, scope, present, name, measure in sorted(sizes, key=lambda each: -each[0]):
+            if total <= _MOST_PARTS:
+                return
+            total -= size
+            self._leave_out(scope.key, name, present.pop(name), measure, _MOST_PARTS + 1)
+
+    def _leave_out(self, key: str, name: str, value: Any, measure: Measure, size: int) -> None:
+        """Take note of a variable that does not come along, if that will be missed."""
+        is_missed = size > _MOST_PARTS or _would_be_missed(value)
+        if is_missed and measure is container:
+            is_missed = self._has_changed(key, name, value)
+        if is_missed:
+            self._left_out.add(name)
 
     def _has_changed(self, key: str, name: str, value: Any) -> bool:
         """Tell whether a container that does not come along is new, another or longer by now."""
@@ -141,15 +228,23 @@ class Variables:
             self._large[key, name] = large
         return self._large.get((key, name)) != large
 
-    def restore(self, data: bytes | memoryview, opening: bytes | memoryview = b"") -> None:
+    def restore(
+        self,
+        data: bytes | memoryview,
+        opening: bytes | memoryview = b"",
+        means: Sequence[LazyMean] = (),
+    ) -> None:
         """Remember what a predecessor took, for `assign`.
 
         Args:
             data: At the last commit.
             opening: Where the first step of that iteration was called, if that was another one.
+            means: Those of the last commit's step.
         """
-        self._restored, self.missing = encoding.decode(data) if len(data) else ({}, [])
-        self._opening = encoding.decode(opening)[0] if len(opening) else self._restored
+        found, self.missing = encoding.decode(data) if len(data) else ({}, [])
+        self._restored = unpack_value(found, means)
+        first = encoding.decode(opening)[0] if len(opening) else found
+        self._opening = unpack_value(first, means)
 
     def anticipate(self, frame: FrameType) -> None:
         """Give variables their values already where an iteration begins that holds the commit.
@@ -193,11 +288,11 @@ def _has_encoding(value: Any) -> bool:
 
 
 def _would_be_missed(value: Any) -> bool:
-    """Recognise what scripts keep that is not plain: the best weights, averages of `run.mean`.
+    """Recognise what scripts keep that is not plain: the best weights.
 
     A batch is not: its tensors have names without dots.
     """
-    if isinstance(value, dict) and value:
-        name, first = next(iter(value.items()))
-        return isinstance(first, torch.Tensor) and type(name) is str and "." in name
-    return type(value) is list and bool(value) and type(value[-1]) is LazyMean
+    if not isinstance(value, dict) or not value:
+        return False
+    name, first = next(iter(value.items()))
+    return isinstance(first, torch.Tensor) and type(name) is str and "." in name

@@ -30,11 +30,20 @@ class OnceWork(dist._Work):
         """Waits for the result; of a message, by whom it is needed."""
 
     def wait(self, timeout: Any = None) -> bool:
-        """Wait for the result. `timeout` is not applied: hangs are the controller's to judge."""
-        if not self._future.done():
+        """Wait for the result. `timeout` is not applied: hangs are the controller's to judge.
+
+        Raises:
+            Exception: What came of handing the result over, where the caller's tensor did not
+                take it.
+        """
+        if self._future.done():
+            self._future.value()
+        else:
             self._waiting(True)
-            self.fetch()
-            self._waiting(False)
+            try:
+                self.fetch()
+            finally:
+                self._waiting(False)
         if self.before_return is not None:
             self.before_return()
         return True

@@ -136,3 +136,23 @@ def test_averages_that_a_script_steers_by_are_known_to_a_newcomer(calm, shaken, 
     expected = calm("steered.py")
     assert result.values("averages") == expected.values("averages"), result.explain()
     assert result.values("seen") == {0: 12, 1: 12}
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        # 6 steps an epoch, and 6 which keep their averages themselves.
+        ["kill rank=1 step=3 point=begin", "kill rank=0 step=8 point=backward",
+         "kill rank=1 step=12 point=begin", "migrate rank=0 step=26"],
+        ["kill rank=0 step=4 point=reduced", "kill rank=1 step=10 point=update",
+         "kill rank=0 step=17 point=updated", "kill rank=1 step=23 point=commit"],
+        ["kill rank=1 step=5 point=collective", "kill rank=0 step=11 point=commit",
+         "kill rank=1 step=26 point=backward", "kill rank=0 step=28 point=updated"],
+    ],
+)  # fmt: skip
+def test_averages_that_a_script_keeps_come_along(calm, shaken, faults):
+    result = shaken("averages.py", faults=faults)
+    assert result.values("averages") == calm("averages.py").values("averages"), result.explain()
+    assert "cannot come along" not in result.stderr, result.explain()
+    assert result.values("late")[0] == [False, False]  # noted ahead of the backward pass
+    assert result.values("looks")[0] == [False, True]

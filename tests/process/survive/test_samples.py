@@ -43,6 +43,34 @@ def test_augmentation_in_loader_workers_is_the_same_after_kills(calm, shaken):
     result.assert_same_state(calm("loader.py"))
 
 
+@pytest.mark.parametrize(
+    "faults",
+    [
+        # A fold has 6 steps of a loader an epoch and 6 of one of its own. 36, then 6, 5 and 3.
+        ["kill rank=1 step=4 point=backward", "kill rank=0 step=15 point=loader",
+         "kill rank=1 step=20 point=begin", "kill rank=0 step=38 point=commit",
+         "kill rank=1 step=43 point=begin", "migrate rank=0 step=48"],
+        ["kill rank=0 step=3 point=begin", "kill rank=1 step=28 point=updated",
+         "kill rank=0 step=35 point=commit", "kill rank=1 step=40 point=begin",
+         "kill rank=0 step=47 point=loader"],
+    ],
+)  # fmt: skip
+def test_a_loader_and_a_step_an_epoch_deal_each_sample_once_and_go_away(calm, shaken, faults):
+    without = calm("loader_an_epoch.py")
+    for result in (without, shaken("loader_an_epoch.py", faults=faults)):
+        assert result.values("seen") == without.values("seen"), result.explain()
+        for living in result.values("living").values():
+            assert living <= 3  # an epoch's, the one before until then, and the fold's
+        assert result.values("left") == {0: 0, 1: 0}
+        assert result.values("watched") == {0: 0, 1: 0}
+        assert result.values("profiles") == {0: 1, 1: 1}
+    dealt = without.values("seen")
+    for place in dealt[0]:
+        if place != "last":
+            ids = [i for seen in dealt.values() for batch in seen[place] for i in batch]
+            assert sorted(ids) == list(range(24)), place
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["loader", "begin", "collective", "updated", "commit"])
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -68,6 +68,7 @@ def test_a_rehearsed_spare_passes_on_the_order_of_buckets_that_it_never_needed(s
     )  # fmt: skip
     first, second = (incident.waited_for_spare_s for incident in result.incidents)
     assert first == 0 < second, "the second newcomer is to be one that has not rehearsed"
+    assert "spares cannot rehearse evaluate" in result.stderr, result.explain()
 
 
 @pytest.mark.parametrize(

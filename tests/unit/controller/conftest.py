@@ -159,7 +159,8 @@ class Bench:
         opts = RunOptions(script=str(script), chaos=tuple(parse_plan(chaos)), **options)
         job = Job(
             opts, job_id="j", folder=folder, engine=self.engine, clock=self.clock, ledger=self,
-            view=self, logs=LogFiles(opts, folder / "logs", "j"), store=FakeStore(),
+            view=self, logs=LogFiles(opts, folder / "logs", "j", self.say),
+            store=FakeStore(),
         )  # fmt: skip
         self.supervisor = Supervisor(job)
         self.job = job

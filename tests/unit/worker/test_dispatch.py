@@ -14,6 +14,7 @@ from trainonce.worker.dispatch import Dispatcher
 from trainonce.worker.inner import InnerGroup
 from trainonce.worker.journal import Journal
 from trainonce.worker.operation import RECEIVE, SEND, Op, OpState
+from trainonce.worker.work import OnceWork
 
 NO_WAIT = pytest.mark.timeout(60, method="thread")  # a wait that nothing ends is the failure
 
@@ -77,6 +78,32 @@ def test_what_is_submitted_between_generations_goes_out_in_the_next():
         future.set_result(None)
     assert [future.wait() for future in futures] == [["value"]] * 2
     assert worker.journal.unfinished() == []
+
+
+@NO_WAIT
+@pytest.mark.parametrize("first", [True, False], ids=["waits first", "asks afterwards"])
+def test_a_caller_whose_tensor_does_not_take_the_result_is_told(first):
+    worker, wire, told = Worker(), Wire(), []
+    worker.connect(1, wire)
+    op, crowded = operation(), torch.zeros(1).expand(2)
+    op.deliver = lambda result: crowded.copy_(result[0])
+    work = OnceWork(worker.submit(worker.journal.world, op).future, lambda waits: None)
+
+    def wait():
+        with pytest.raises(RuntimeError, match="single memory location"):
+            work.wait()
+        told.append(True)
+
+    caller = threading.Thread(target=wait)
+    if first:
+        caller.start()
+    wire.futures[0].set_result(None)
+    if not first:
+        caller.start()
+    caller.join()
+    assert told
+    assert worker.journal.unfinished() == []
+    assert op.state is OpState.DONE  # others can be served with it
 
 
 def test_a_late_result_of_an_abandoned_generation_is_not_used():

@@ -97,7 +97,8 @@ def advise(times, waited_share):
     def waited_ns():
         return int(now_ns * waited_share)
 
-    advice = LoaderAdvice(times, waited_ns, lambda: 1, sent.append)
+    advice = LoaderAdvice(waited_ns, lambda: 1, sent.append)
+    advice.watch(times)
     begun_ns = time.monotonic_ns()
     for _ in range(64):
         now_ns = 10**9 + (time.monotonic_ns() - begun_ns)

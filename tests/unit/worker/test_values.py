@@ -2,12 +2,14 @@
 
 import copy
 import math
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 
 import trainonce
 from trainonce.errors import StepError
+from trainonce.wire.encoding import decode, encode
 from trainonce.worker.values import (
     LOST,
     LazyMean,
@@ -66,7 +68,21 @@ def test_means_are_kept_by_their_place_and_old_ones_by_their_value():
     new, old = LazyMean(1.0, 0), LazyMean(2.0, 1)
     packed = pack_value({"new": new, "old": (old, 3)}, [new])
     again = LazyMean(1.0, 0)
-    assert unpack_value(packed, [again]) == {"new": again, "old": (2.0, 3)}
+    unpacked = unpack_value(packed, [again])
+    assert unpacked["new"] is again
+    average, three = unpacked["old"]
+    assert (type(average), average.item(), three) == (LazyMean, 2.0, 3)
+
+
+def test_lists_of_means_and_what_holds_them_are_of_their_kind_again():
+    new, old = LazyMean(1.0, 0), LazyMean(2.0, 1)
+    old.resolve(lambda: 2.5)
+    history = defaultdict(list, loss=[old, new, old], other=[])
+    packed = decode(encode(pack_value({"history": history, "count": Counter("aab")}, [new])))
+    again = unpack_value(packed, [LazyMean(7.0, 0)])
+    assert [mean.item() for mean in again["history"]["loss"]] == [2.5, 7.0, 2.5]
+    assert again["history"]["new"] == []
+    assert again["count"] == Counter(a=2, b=1)
 
 
 def test_a_mean_shows_its_local_value_until_it_is_reduced():

@@ -49,35 +49,47 @@ class Model:
         self.first, self.changed, self.large, self.left_out = {}, {}, {}, set()
 
     def take(self, frame):
-        left, found = 512, {}
-        for scope, values in surroundings(frame):
-            present = {}
+        looks = [(scope, values, {}) for scope, values in surroundings(frame)]
+        for scope, values, sizes in looks:
             for name, value in values.items():
                 try:
-                    size = 0 if type(value) in NUMBERS else size_of(value, left)
-                    if size > left:
-                        raise TooMany
+                    size = 0 if type(value) in NUMBERS else size_of(value, 512)
+                    if name[:2] != "__":
+                        sizes[name] = size
+                        if size > 512:
+                            raise TooMany
                 except NotPlain:
                     continue
                 except TooMany:
-                    if name[:2] == "__":
-                        continue
-                    if type(value) in CONTAINERS:
-                        known = (id(value), len(value))
-                        if scope not in self.first:
-                            self.large[scope, name] = known
-                        if self.large.get((scope, name)) == known:
-                            continue
-                    self.left_out.add(name)
-                    continue
-                if name[:2] != "__":
-                    left -= size
-                    present[name] = value
+                    sizes.pop(name, None)
+                    self.leave_out(scope, name, value)
+        every = [
+            (sizes[n], scope, values[n], sizes, n) for scope, values, sizes in looks for n in sizes
+        ]
+        every.sort(key=lambda each: -each[0])
+        while sum(each[0] for each in every) > 512:
+            _, scope, value, sizes, name = every.pop(0)
+            del sizes[name]
+            self.leave_out(scope, name, value)
+        found = {}
+        for scope, values, sizes in looks:
+            present = {name: value for name, value in values.items() if name in sizes}
             first = self.first.setdefault(scope, copy_tree(present))
             changed = self.changed.setdefault(scope, set())
             changed |= {n for n, v in present.items() if not equal(first.get(n, changed), v)}
             found[scope] = copy_tree({n: present[n] for n in sorted(present) if n in changed})
         return [found, sorted(self.left_out)]
+
+    def leave_out(self, scope, name, value):
+        if name[:2] == "__":
+            return
+        if type(value) in CONTAINERS:
+            known = (id(value), len(value))
+            if scope not in self.first:
+                self.large[scope, name] = known
+            if self.large.get((scope, name)) == known:
+                return
+        self.left_out.add(name)
 
 
 def surroundings(frame):
@@ -288,7 +300,7 @@ def test_what_is_taken_is_what_has_changed_since_the_first_look(script):
 
     def call():
         frame = sys._getframe(1)
-        found, left_out = decode(variables.take(frame))
+        found, left_out = decode(variables.take(frame).encoded(()))
         taken = [{scope: dict(sorted(found[scope].items())) for scope in found}, left_out]
         looks.append((taken, decode(encode(model.take(frame)))))
 

@@ -25,6 +25,13 @@ run.protect(judge=judge, maker=maker, optimizers=optimizers, loader=loader)
 
 
 @run.step
+def evaluate(batches):
+    """Take a loader, which a rehearsal cannot know."""
+    with torch.no_grad():
+        return [float(judge.module(x).mean()) for (x,) in run.batches(batches, max_steps=2)]
+
+
+@run.step
 def train(x):
     made = maker(torch.randn_like(x))
     (judge(x) - judge(made.detach())).square().mean().backward()
@@ -50,6 +57,7 @@ for (x,) in run.batches(loader, max_steps=20):
         while not spares_are_parked():
             poll.wait(0.05)
     train(x)
+evaluate(loader)
 record(
     run.rank,
     state=state_digests(judge=judge, maker=maker, optimizers=optimizers),

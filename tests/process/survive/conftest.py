@@ -30,11 +30,11 @@ def shaken(calm, tmp_path):
     """Return a function that runs a script with faults, and checks what holds for each.
 
     The job ends well, leaves no process behind, loses no committed step, every fault of the plan
-    fired and nothing else failed, every move of it took place, and all ranks end bit for bit as
-    without faults.
+    fired and nothing else failed, every move of it took place (but for so many as
+    deaths may put off to the end), and all ranks end bit for bit as without faults.
     """
 
-    def run(script, *args, faults, world=2, spares=2, options=()):
+    def run(script, *args, faults, put_off=0, world=2, spares=2, options=()):
         result = run_job(
             SCRIPTS / script, *args,
             nproc_per_node=world, spares=spares, chaos="; ".join(faults),
@@ -47,7 +47,7 @@ def shaken(calm, tmp_path):
         assert not own, f"failures that nobody injected: {own}\n{result.explain()}"
         moves = sum(fault.fault == "migrate" for fault in result.faults)
         moved = sum(one.served_by == "migration" for one in result.incidents)
-        assert moved == moves, result.explain()
+        assert 0 <= moves - moved <= put_off, result.explain()
         result.assert_same_state(calm(script, *args, world=world))
         return result
 

@@ -13,7 +13,7 @@ def moves(result):
 def test_the_other_copy_is_lost_while_the_successor_takes_over(shaken, fault):
     # Slow, so that the spare is ready by then.
     slow, move = "slow rank=1 step=9 point=forward for=2s", "migrate rank=0 step=9"
-    result = shaken("basic.py", "--steps", 210, faults=[slow, move, fault], spares=1)
+    result = shaken("basic.py", "--steps", 210, faults=[slow, move, fault], put_off=1, spares=1)
     action, _, _, point = fault.replace("point=", "").split()
     result.assert_fired(action, rank=1, point=point, served_by="rebuild")
     # The move is done again once there is a spare, unless the job is over before.
@@ -30,6 +30,7 @@ def test_moves_meet_the_death_of_a_successor_and_kills_at_the_commit_of_the_drai
                 "kill rank=0 step=100 point=commit",
                 "slow rank=1 step=199 point=forward for=2s", "migrate rank=0 step=199",
                 "kill rank=1 step=200 point=between"],
+        put_off=1,
     )  # fmt: skip
     result.assert_fired("kill", rank=0, point="promotion", served_by="predecessor")
     result.assert_fired("kill", rank=0, point="commit", served_by="rebuild")

@@ -65,6 +65,7 @@ class Publication:
         issued = self._fabric.num_issued() - execution.operations_before
         if execution.profile.may_be_last(issued):
             self.ahead(execution)
+            self._take_snapshot(execution)
 
     def ahead(self, execution: Execution, *, looks: bool = True) -> None:
         """Publish local state for the commit to come, before this rank lets the others commit.
@@ -95,9 +96,13 @@ class Publication:
             returns=execution.returns,
         )
         execution.published = True
-        self.take_snapshot(execution)
 
-    def take_snapshot(self, execution: Execution) -> None:
+    def before_update(self, execution: Execution) -> None:
+        """Where later executions publish here and not before, begin to look for changes here."""
+        if execution.snapshot is None or self.is_always_together:
+            self._take_snapshot(execution)
+
+    def _take_snapshot(self, execution: Execution) -> None:
         """In a first execution, keep what tells whether local state changes from here on."""
         if execution.profile.kind is UpdateKind.UNKNOWN:
             execution.snapshot = self._local.snapshot(self._protected, execution.means)

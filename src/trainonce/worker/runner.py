@@ -354,7 +354,7 @@ class Runner:
         fabric, protected, others = self.fabric, self.protected, self._others
         assert protected is not None
         if self.publication is not None:
-            self.publication.take_snapshot(execution)
+            self.publication.before_update(execution)
         if execution.profile.changes_late:
             protected.note_local_buffers()
         self.shadow.wait()

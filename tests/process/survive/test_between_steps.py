@@ -124,6 +124,12 @@ def test_what_a_step_changes_after_its_last_collective_is_kept(calm, shaken, fau
     assert result.values_lost == 0
 
 
+def test_what_changes_between_the_last_collective_and_the_update_is_kept(calm, shaken):
+    faults = ["kill rank=1 step=4 point=update", "kill rank=0 step=7 point=updated"]
+    result = shaken("changes_before_update.py", faults=faults)
+    assert result.values("counts") == {0: [10] * 3, 1: [10] * 3}, result.explain()
+
+
 @pytest.mark.parametrize(
     "faults",
     [

@@ -97,7 +97,7 @@ class Foreseen:
     """Where the reports of one step function come from, as its executions have shown."""
 
     def __init__(self) -> None:
-        self._known: dict[Place, tuple[Origin, Form] | None] = {}
+        self._known: dict[Place, tuple[list[Origin], Form] | None] = {}
         self._searches: dict[Place, _Search] = {}
         self._is_learning = True
         self._wanted: dict[CodeType, list[Origin]] = {}
@@ -126,7 +126,8 @@ class Foreseen:
 
     def _wanted_of(self, frame: FrameType) -> list[Origin]:
         key = scope_key(frame)
-        return [known[0] for known in self._known.values() if known and known[0].scope == key]
+        origins = [origin for known in self._known.values() if known for origin in known[0]]
+        return [origin for origin in origins if origin.scope == key]
 
     def means(self, seen: Sight, made: list[LazyMean]) -> list[float]:
         """Return what the step averages: of the means that it made, and of those to come.
@@ -144,10 +145,10 @@ class Foreseen:
         return _filled(shape, lambda place: self._at(place, seen))
 
     def _at(self, place: Place, seen: Sight) -> list[Any] | None:
-        known = self._known.get(place)
-        if known is None or known[0] not in seen:
-            return None
-        return [_in_form(seen[known[0]].value, known[1])]
+        origins, form = self._known.get(place) or ([], "number")
+        values = [_in_form(seen[origin].value, form) for origin in origins if origin in seen]
+        # Variables that were equal so far and differ now do not tell which of them it is.
+        return values[:1] if len(set(map(_bits, values))) == 1 else None
 
     # ------------------------------------------------------------------ at the commit
 
@@ -163,9 +164,12 @@ class Foreseen:
             if place not in self._known:
                 self._search(place, seen, report)
             elif (known := self._known[place]) is not None:
-                origin, form = known
-                if form != report.form or not _agrees(seen.get(origin), report):  # by chance so far
+                origins, form = known
+                left = [origin for origin in origins if _agrees(seen.get(origin), report)]
+                if form != report.form or not left:  # by chance so far
                     self._known[place] = None
+                elif len(left) < len(origins):
+                    self._known[place] = left, form
         self._is_learning = bool(self._searches)
         if self._known != before:
             self._wanted.clear()
@@ -183,11 +187,12 @@ class Foreseen:
         search.origins = agreeing
         search.values.add(_bits(report.value))
         search.executions += 1
-        sure = [origin for origin in agreeing if _is_proof(seen[origin], report)]
+        itself = {origin for origin in agreeing if _is_itself(seen[origin], report)}
+        sure = any(_is_proof(seen[origin], report) for origin in agreeing)
         if sure or len(search.values) > 1 or search.executions >= _MOST_EXECUTIONS:
-            self._settle(place, (min(sure or agreeing, key=str), report.form))
+            self._settle(place, (sorted(itself or agreeing, key=str), report.form))
 
-    def _settle(self, place: Place, known: tuple[Origin, Form] | None) -> None:
+    def _settle(self, place: Place, known: tuple[list[Origin], Form] | None) -> None:
         self._known[place] = known
         del self._searches[place]
 
@@ -200,7 +205,9 @@ class Foreseen:
     def load(self, record: list[list[Any]]) -> None:
         """Take over what `to_record` returned on another rank."""
         self._known = {
-            tuple(place): None if known is None else (Origin(*known[0]), known[1])
+            tuple(place): None
+            if known is None
+            else ([Origin(*each) for each in known[0]], known[1])
             for place, known in record
         }
         self._searches.clear()
@@ -340,12 +347,16 @@ def _bits(value: Any) -> Any:
     return struct.pack("<d", value) if type(value) is float else (type(value), value)
 
 
+def _is_itself(scalar: Scalar, report: Report) -> bool:
+    return report.address != 0 and scalar.address == report.address
+
+
 def _is_proof(scalar: Scalar, report: Report) -> bool:
     """Tell whether a variable that agrees with a report does so hardly by chance.
 
     It is the tensor reported, or a number that is no multiple of 1 / 4096.
     """
-    if report.address and scalar.address == report.address:
+    if _is_itself(scalar, report):
         return True
     value = report.value
     number = value.item() if isinstance(value, torch.Tensor) else value

@@ -318,7 +318,9 @@ class LocalState:
         self.values.restore(values, means)
         if record["position"] is not None:
             known = record["returns"]
-            shape = known if returned is None else merged(returned, known)
+            # None is a number there, or a value that was lost there as well.
+            of_scalar = returned is None and type(known) is list
+            shape = merged(returned, known) if returned is not None or of_scalar else known
             self.values.expect(record["position"], shape, commits, means)
         assign_tree(self.user, record["state"])
         protected.load_local_buffers(record["buffers"])

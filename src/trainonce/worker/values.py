@@ -129,12 +129,24 @@ def outline(value: Any) -> Any:
 
 
 def merged(shape: Any, known: Any) -> Any:
-    """Return the outline `shape` with what `known`, another of the like, knows beside it."""
+    """Return the outline `shape` with what `known`, another of the like, knows beside it.
+
+    `known` is what was expected before the step had ended. That it returns None once more was a
+    guess: where only one of the two says so, neither is believed, and what was returned is lost.
+    """
     if type(shape) is tuple and type(known) is tuple and len(shape) == len(known):
         return tuple(map(merged, shape, known))
     if type(shape) is dict and type(known) is dict:
         return {key: merged(each, known.get(key)) for key, each in shape.items()}
-    return known if shape is None and type(known) is list else shape
+    if shape is None:
+        return known if type(known) is list and known != _NOTHING else None
+    if shape == _NOTHING and type(known) is list and known != _NOTHING:
+        return None
+    return shape
+
+
+_NOTHING = [None]
+"""Outline of None."""
 
 
 def with_means(shape: Any, means: Sequence[LazyMean]) -> Any:

@@ -80,6 +80,36 @@ def test_what_was_equal_by_chance_is_given_up():
     assert job.known is None
 
 
+def test_of_variables_that_were_equal_so_far_none_is_taken_once_they_differ():
+    def step(job, x, auxiliary):
+        loss = torch.tensor(x)
+        total = loss + auxiliary
+        job.look()
+        return total.item()
+
+    job = Job()
+    job.execute(step, 0.1, 0.0)
+    job.execute(step, 0.3, 0.0)
+    assert job.known == [torch.tensor(0.3).item()]
+    job.execute(step, 0.1, 0.5)
+    assert job.known is None
+    value = job.execute(step, 0.3, 0.5)
+    assert job.known == [value]
+
+
+def test_the_tensor_itself_is_taken_and_not_its_equal():
+    def step(job, x, auxiliary):
+        loss = torch.tensor(x)
+        total = loss + auxiliary
+        job.look()
+        return total
+
+    job = Job()
+    job.execute(step, 0.1, 0.0)
+    value = job.execute(step, 0.1, 0.5)
+    assert job.known == [value]
+
+
 def test_a_variable_that_changes_after_the_look_is_not_taken():
     def step(job, x):
         loss = torch.tensor(x)

@@ -101,6 +101,14 @@ def test_what_is_known_of_a_lost_value_is_not_lost():
     assert is_complete(merged(outline(0.5), [0.5]))
 
 
+def test_that_none_is_returned_again_is_a_guess():
+    assert merged(outline((0.5, None)), ([0.25], [None])) == ([0.25], [None])
+    assert merged(outline((0.5, 0.5)), ([0.25], [None])) == ([0.25], None)
+    assert merged(outline((0.5, None)), ([0.25], [0.75])) == ([0.25], None)
+    assert not is_complete(merged(outline(0.5), outline(None)))
+    assert is_complete(merged(outline(None), outline(None)))
+
+
 def test_a_mean_is_complete_with_its_share():
     means = [LazyMean(1.0, 0), LazyMean(math.nan, 1)]
     assert is_complete(with_means(0, means))

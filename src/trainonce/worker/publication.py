@@ -53,6 +53,7 @@ class Publication:
         self._local = local
         self._protected = protected
         self._notify = notify
+        self._most_copied_bytes = _most_copied_bytes()
         self.waits = False
         """Whether ranks wait for each other now, in a collective of ours."""
 
@@ -159,11 +160,12 @@ class Publication:
         if self.is_together(execution):
             while not execution.agreed or execution.meets_again:
                 self.meet(execution, last=True)
-        elif late:
+            return
+        if late:
             execution.published = False
-        elif not self._fabric.spanned():
-            self.barrier()
         self.wait_if_late(execution)
+        if not self._fabric.spanned():
+            self.barrier()
 
     def _learn_what_changes_late(self, execution: Execution) -> None:
         """Find out, in the first execution, whether local state changes after the last collective.
@@ -191,7 +193,7 @@ class Publication:
             return False
         if not execution.stepped:  # nothing has to be copied
             return True
-        size, most = self._protected.num_bytes(), _most_copied_bytes()
+        size, most = self._protected.num_bytes(), self._most_copied_bytes
         is_exact = size <= most and not self.is_always_together
         if self._fabric.rank == 0 and (size > _TOLD_BYTES or not is_exact):
             self._notify(Note(key="late-report", text=_late_report(size, most, exact=is_exact)))

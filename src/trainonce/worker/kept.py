@@ -47,8 +47,14 @@ class KeptValues:
 
     def commits_before(self, place: Position) -> int | None:
         """Return how many steps were committed where the script was at `place`, if it is known."""
-        ahead = [count for at, count in self._commits.items() if at >= place]
-        return min(ahead) - 1 if ahead else None
+        ahead = min((at for at in self._commits if at >= place), default=None)
+        if ahead is None:
+            return None
+        behind = max((at for at in self._commits if at < place), default=None)
+        # Between it and the next known step may be iterations that are left out.
+        if behind is not None and place[:-1] != ahead[:-1]:
+            return self._commits[behind]
+        return self._commits[ahead] - 1
 
     def add(
         self,

@@ -248,11 +248,15 @@ class Publication:
 def _most_copied_bytes() -> float:
     given = settings.EXACT_RETURNS_MB.get()
     try:
-        return 1e6 * (_MOST_COPIED_MB if given is None else float(given))
+        megabytes = _MOST_COPIED_MB if given is None else float(given)
     except ValueError:
+        megabytes = -1.0
+    if not megabytes >= 0:  # not a number, among others
         raise ConfigError(
-            f"{settings.EXACT_RETURNS_MB.name} is {given!r}", hint="give a number of megabytes"
-        ) from None
+            f"{settings.EXACT_RETURNS_MB.name} is {given!r}",
+            hint="give a number of megabytes, 0 for none",
+        )
+    return 1e6 * megabytes
 
 
 def _late_report(size: int, most: float, *, exact: bool) -> str:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -179,13 +180,13 @@ class Run:
                 f"verify_replicas_every is {verify_replicas_every}",
                 hint="give 0 for never, or more",
             )
-        loaders = {name: value for name, value in objects.items() if _is_source(value)}
-        protected = Protected({k: v for k, v in objects.items() if k not in loaders})
+        objects, loaders = _without_loaders(objects)
+        protected = Protected(objects)
         if replicas is not None:
             protected.replicas = ranks_of(replicas, protected.parameters())
         self._runner.protect(protected)
         self._runner.verify_every = verify_replicas_every
-        for loader in loaders.values():
+        for loader in loaders:
             self._sources.add(loader, sys._getframe(1))
         self._runner.shadow.wanted = shadow_every
         if self._member is not None:
@@ -383,3 +384,23 @@ def _leave_plainly() -> None:
 
 def _is_source(value: object) -> bool:
     return isinstance(value, ShardedLoader | StatefulLoader | torch.utils.data.DataLoader)
+
+
+def _without_loaders(objects: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Return what was registered without the loaders, and these; also from lists and dicts."""
+    rest: dict[str, Any] = {}
+    loaders: list[Any] = []
+    for name, value in objects.items():
+        if _is_source(value):
+            loaders.append(value)
+        elif hasattr(value, "state_dict"):
+            rest[name] = value
+        elif isinstance(value, Mapping):
+            rest[name], found = _without_loaders(cast("Mapping[str, Any]", value))
+            loaders += found
+        elif type(value) in (list, tuple):
+            rest[name], found = _without_loaders({str(i): each for i, each in enumerate(value)})
+            loaders += found
+        else:
+            rest[name] = value
+    return rest, loaders

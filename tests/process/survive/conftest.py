@@ -46,7 +46,7 @@ def shaken(calm, tmp_path):
         own = [one for one in result.incidents if not (one.chaos or one.planned)]
         assert not own, f"failures that nobody injected: {own}\n{result.explain()}"
         moves = sum(fault.fault == "migrate" for fault in result.faults)
-        moved = sum(one.served_by == "migration" for one in result.incidents)
+        moved = sum(one.chaos and one.served_by == "migration" for one in result.incidents)
         assert 0 <= moves - moved <= put_off, result.explain()
         result.assert_same_state(calm(script, *args, world=world))
         return result

@@ -79,3 +79,13 @@ def test_parts_of_any_length_are_taken_apart_again():
     parts = [b"", b"a", bytes(1000), b"last"]
     assert [bytes(part) for part in split(join(parts))] == parts
     assert split(join([])) == []
+
+
+def test_committed_steps_are_counted_from_the_step_before_where_iterations_are_left_out():
+    values = KeptValues(pytest.fail)
+    values.add((0, 3, 0), None, lambda _: True, 4)  # the last iteration of a loop that is over
+    values.add((1, 1, 0), None, lambda _: True, 6)  # the second of the next, which is under way
+    newcomer = handed_over(values)
+    found = {at: newcomer.commits_before(at) for at in [(0, 3, 0), (0, 3, 1), (1,), (1, 1, 0)]}
+    assert found == {(0, 3, 0): 3, (0, 3, 1): 4, (1,): 4, (1, 1, 0): 5}
+    assert newcomer.commits_before((1, 1, 1)) is None  # where the script was last

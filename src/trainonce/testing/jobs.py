@@ -188,7 +188,7 @@ def run_job(
     launcher: Launcher = "trainonce",
     options: tuple[str, ...] = (),
     job: str = "",
-    home: Path | None = None,
+    home: str | Path | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 240.0,
     watch: Callable[[subprocess.Popen[str] | ForkedProcess], None] | None = None,
@@ -215,7 +215,7 @@ def run_job(
     Raises:
         TimeoutError: The job was not over in time; shows what it had said.
     """
-    home = home or Path(tempfile.mkdtemp(prefix="trainonce-test-"))
+    home = Path(home or tempfile.mkdtemp(prefix="trainonce-test-"))
     records = home / "records"
     records.mkdir(parents=True, exist_ok=True)
     job = job or f"test-{os.getpid()}-{time.monotonic_ns()}"

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness import (
     LAUNCHER,
+    commit,
     default_hardware,
     environment,
     incidents,
@@ -142,6 +143,7 @@ def soak(args: argparse.Namespace, path: Path, jobs: list[dict[str, Any]]) -> in
     generator = random.Random(args.seed)
     twins: dict[tuple[str, int], dict[str, Any]] = {}
     number = faults = failed = 0
+    begun_at = commit()
     while faults < args.faults:
         kind, ranks = generator.choice(KINDS), generator.choice((2, 2, 3))
         plan = draw_plan(
@@ -159,7 +161,8 @@ def soak(args: argparse.Namespace, path: Path, jobs: list[dict[str, Any]]) -> in
             jobs.append({"kind": kind, "ranks": ranks, "plan": plan, "wrong": wrong, **found})
             fired = Counter(fault for job in jobs for fault in job["fired"])
             result = {
-                "config": vars(args), "faults": sum(fired.values()), "by_kind": fired,
+                "commit": begun_at, "config": vars(args),
+                "faults": sum(fired.values()), "by_kind": fired,
                 "jobs_failed": sum(bool(job["wrong"]) for job in jobs), "jobs": jobs,
             }  # fmt: skip
             write_result(path, result)

@@ -18,10 +18,10 @@ import torch
 
 from trainonce.worker.plain import measures, own_object
 from trainonce.worker.scopes import Scope, is_the_users, scope_key
-from trainonce.worker.values import LazyMean
+from trainonce.worker.values import LazyMean, filled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from types import CodeType, FrameType
 
 # Elements of what a step returned that are looked for, and entries of one dict or object.
@@ -142,7 +142,11 @@ class Foreseen:
 
     def returned(self, seen: Sight, shape: Any) -> Any:
         """Return the outline `shape` with the elements that are known, each in a list."""
-        return _filled(shape, lambda place: self._at(place, seen))
+
+        def known(leaf: Any, place: Place) -> Any:
+            return self._at(("value", *place), seen) if leaf is None else leaf
+
+        return filled(shape, known)
 
     def _at(self, place: Place, seen: Sight) -> list[Any] | None:
         origins, form = self._known.get(place) or ([], "number")
@@ -159,7 +163,6 @@ class Foreseen:
             seen: At the last look.
             reports: All of the execution.
         """
-        before = dict(self._known)
         for place, report in reports:
             if place not in self._known:
                 self._search(place, seen, report)
@@ -167,12 +170,10 @@ class Foreseen:
                 origins, form = known
                 left = [origin for origin in origins if _agrees(seen.get(origin), report)]
                 if form != report.form or not left:  # by chance so far
-                    self._known[place] = None
+                    self._settle(place, None)
                 elif len(left) < len(origins):
-                    self._known[place] = left, form
+                    self._settle(place, (left, form))
         self._is_learning = bool(self._searches)
-        if self._known != before:
-            self._wanted.clear()
 
     def _search(self, place: Place, seen: Sight, report: Report) -> None:
         search = self._searches.setdefault(place, _Search())
@@ -194,7 +195,8 @@ class Foreseen:
 
     def _settle(self, place: Place, known: tuple[list[Origin], Form] | None) -> None:
         self._known[place] = known
-        del self._searches[place]
+        self._searches.pop(place, None)
+        self._wanted.clear()
 
     # ------------------------------------------------------------------ for a newcomer
 
@@ -248,16 +250,6 @@ def _is_of_scalars(value: Any) -> bool:
         parts = value.values() if type(value) is dict else value
         return len(value) <= _MOST_PLACES and all(map(_is_of_scalars, parts))
     return value is None or isinstance(value, LazyMean) or is_scalar(value)
-
-
-def _filled(
-    shape: Any, known: Callable[[Place], list[Any] | None], place: Place = ("value",)
-) -> Any:
-    if type(shape) is tuple:
-        return tuple(_filled(one, known, (*place, index)) for index, one in enumerate(shape))
-    if type(shape) is dict:
-        return {key: _filled(one, known, (*place, key)) for key, one in shape.items()}
-    return known(place) if shape is None else shape
 
 
 def _elements(value: Any, place: Place = ("value",)) -> Iterator[tuple[Place, Any]]:

@@ -96,8 +96,9 @@ class OptimizerStates:
         local = None if present is None else local_of(present)
         if local is None or (local.dtype, *_form(local)) != (dtype, shape, strides):
             where = place.parameter.device if device != "cpu" else torch.device("cpu")
-            local = torch.empty(shape, dtype=dtype, device=where)
-            if strides is not None:
+            if strides is None:
+                local = torch.empty(shape, dtype=dtype, device=where)
+            else:
                 local = torch.empty_strided(shape, strides, dtype=dtype, device=where)
             present = restore_split(local, split, place.parameter)
         state[place.key] = present

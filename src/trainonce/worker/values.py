@@ -149,15 +149,26 @@ _NOTHING = [None]
 """Outline of None."""
 
 
+def filled(
+    shape: Any, fill: Callable[[Any, tuple[str | int, ...]], Any], place: tuple[str | int, ...] = ()
+) -> Any:
+    """Return an outline with what `fill` makes of each leaf, told the keys that lead to it."""
+    if type(shape) is tuple:
+        return tuple(filled(each, fill, (*place, index)) for index, each in enumerate(shape))
+    if type(shape) is dict:
+        return {key: filled(each, fill, (*place, key)) for key, each in shape.items()}
+    return fill(shape, place)
+
+
 def with_means(shape: Any, means: Sequence[LazyMean]) -> Any:
     """Return an outline with the means of its step in their places."""
-    if type(shape) is tuple:
-        return tuple(with_means(each, means) for each in shape)
-    if type(shape) is dict:
-        return {key: with_means(each, means) for key, each in shape.items()}
-    if type(shape) is int:
-        return means[shape] if shape < len(means) else None
-    return shape
+
+    def mean(leaf: Any, _: object) -> Any:
+        if type(leaf) is int:
+            return means[leaf] if leaf < len(means) else None
+        return leaf
+
+    return filled(shape, mean)
 
 
 def is_complete(shape: Any) -> bool:
@@ -171,13 +182,13 @@ def is_complete(shape: Any) -> bool:
 
 def lost(shape: Any) -> Any:
     """Return what an outline with means stands for, and LOST for what is not known."""
-    if type(shape) is tuple:
-        return tuple(lost(each) for each in shape)
-    if type(shape) is dict:
-        return {key: lost(each) for key, each in shape.items()}
-    if type(shape) is list:
-        return shape[0]
-    return shape if isinstance(shape, LazyMean | float) else LOST
+
+    def known(leaf: Any, _: object) -> Any:
+        if type(leaf) is list:
+            return leaf[0]
+        return leaf if isinstance(leaf, LazyMean | float) else LOST
+
+    return filled(shape, known)
 
 
 MAX_MEANS = 8

@@ -6,9 +6,8 @@ The second part does so where a step's averages are only known after its commit.
 from collections import defaultdict
 
 import torch
-from pieces import WIDTH, mlp
+from pieces import mlp, sines
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import TensorDataset
 
 import trainonce
 from trainonce.testing import record, state_digests
@@ -17,8 +16,7 @@ run = trainonce.init(seed=5)
 torch.manual_seed(0)
 model = DDP(mlp(1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-x = torch.randn(48, WIDTH)
-dataset = TensorDataset(x, x.sum(1, keepdim=True).sin())
+dataset = sines()
 loader = run.dataloader(dataset, batch_size=4, shuffle=True)
 run.protect(model=model, optimizer=optimizer, loader=loader)
 inside = []

@@ -5,9 +5,8 @@ One goes through two loaders at once, one counts its batches.
 
 import numpy as np
 import torch
-from pieces import WIDTH, mlp
+from pieces import mlp, sines
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import TensorDataset
 
 import trainonce
 from trainonce.testing import record, state_digests
@@ -16,8 +15,7 @@ run = trainonce.init(seed=5)
 torch.manual_seed(0)
 model = DDP(mlp(1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-x = torch.randn(48, WIDTH)
-dataset = TensorDataset(x, x.sum(1, keepdim=True).sin())
+dataset = sines()
 loader = run.dataloader(dataset, batch_size=8, shuffle=True)
 other = run.dataloader(dataset, batch_size=4, shuffle=True)
 run.protect(model=model, optimizer=optimizer, loader=loader, other=other)

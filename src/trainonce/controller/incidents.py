@@ -273,7 +273,7 @@ def _how_served(event: Incident) -> str:
     }.get(event.served_by, "")
     if not how:
         return "the job ended"
-    lost = "nothing lost"
+    lost = "no step lost"
     if event.steps_lost:
         lost = f"{event.steps_lost} step{'s' if event.steps_lost != 1 else ''} to compute again"
     return f"{how}: paused {duration(event.pause_s)}, {lost}"

@@ -58,7 +58,7 @@ def test_an_incident_tells_pause_and_recovery_and_is_told_in_one_sentence(bench)
     assert (incident.digest_before, incident.digest_after) == ("d", "d")
     assert b.lines[-1] == (
         "rank 1 (pid 1000001) died of SIGKILL at step 50;"
-        " a spare took its place: paused 60 ms, nothing lost"
+        " a spare took its place: paused 60 ms, no step lost"
     )
 
 

@@ -206,7 +206,7 @@ class Variables:
                     total += size
                 else:
                     value = present.pop(name)
-                    if measure is module or not self._is_kept(scope.key, name, value, takes=takes):
+                    if not self._is_kept(scope.key, name, value, takes=takes):
                         self._leave_out(scope.key, name, value, measure, size)
             looks.append((scope, present, measured))
         if total > _MOST_PARTS:
@@ -246,7 +246,8 @@ class Variables:
         """Take note of a variable that does not come along, if that will be missed."""
         if measure is module:
             is_missed = self._has_changed(key, name, value, 0) and self.large.is_apart(value)
-            self._identities[key, name] = (id(value), 0)
+            if not is_missed:
+                self._identities[key, name] = (id(value), 0)
         else:
             is_missed = size > _MOST_PARTS or _would_be_missed(value)
             if is_missed and measure is container:

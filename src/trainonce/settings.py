@@ -37,9 +37,6 @@ PRELOAD = EnvVar("TRAINONCE_PRELOAD", "0: start spares afresh, not by a fork (1)
 EXACT_RETURNS_MB = EnvVar(
     "TRAINONCE_EXACT_RETURNS_MB", "state that is copied for what steps return after updates (100)"
 )
-LARGE_VARIABLES_MB = EnvVar(
-    "TRAINONCE_LARGE_VARIABLES_MB", "most that large variables of the script take, a rank (1000)"
-)
 VARIABLES = EnvVar("TRAINONCE_VARIABLES", "0: variables of the script are not carried over (1)")
 
 # Set by the launcher for its workers; users do not set these.
@@ -56,32 +53,9 @@ SLOT = EnvVar("TRAINONCE_SLOT", "set by the launcher: number of the device to us
 TEST_RECORDS = EnvVar("TRAINONCE_TEST_RECORDS", "set by trainonce.testing: folder for records")
 
 ALL = (
-    HOME, STORE, PROJECT, PRECISION, PRELOAD, EXACT_RETURNS_MB, LARGE_VARIABLES_MB,
-    VARIABLES, REDUNDANCY, PROFILE_S, JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE, SLOT,
-    TEST_RECORDS,
+    HOME, STORE, PROJECT, PRECISION, PRELOAD, EXACT_RETURNS_MB, VARIABLES, REDUNDANCY, PROFILE_S,
+    JOB, WORKER, CONTROL_FD, PROGRESS_FD, SPARE, SLOT, TEST_RECORDS,
 )  # fmt: skip
-
-
-def megabytes(variable: EnvVar, default: float) -> float:
-    """Return the number of bytes that a variable gives in MB.
-
-    Args:
-        variable: The variable.
-        default: In MB, where it is unset.
-
-    Raises:
-        ConfigError: It is no number, or negative.
-    """
-    given = variable.get()
-    try:
-        value = default if given is None else float(given)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:  # not a number, among others
-        raise ConfigError(
-            f"{variable.name} is {given!r}", hint="give a number of megabytes, 0 for none"
-        )
-    return 1e6 * value
 
 
 def home() -> Path:

@@ -206,7 +206,7 @@ class Durable:
                 rank=runner.rank,
                 world_size=runner.world_size,
                 nonce=f"{os.environ.get('TRAINONCE_JOB', 'solo')}-{self._next_poll}",
-                rank_payload=runner.local.whole_payload(),
+                rank_payload=runner.local.payload,
                 state=mine if first else None,
                 part=None if first else mine,
                 tree=tree,

@@ -265,7 +265,7 @@ class Handover:
         count = len(donation.sources)
         parts = [stripe(tensors, index, count) for index in range(count)]
         result = receive_parts(inner, donation.sources, parts)
-        payload = runner.local.mirror.find(commits)
+        payload = runner.local.find(commits)
         if payload is None:
             raise RecoveryError(
                 f"the local state of rank {runner.rank} at step {commits} went down with it",
@@ -325,7 +325,7 @@ class Handover:
 
     def adopt_mirror(self, fd: int) -> None:
         """Go on with the mirror of the process that held this rank."""
-        self._runner.local.mirror.adopt(fd)
+        self._runner.local.adopt_mirror(fd)
 
     def adopt_shadow(self, fd: int) -> None:
         """Go on with the shadow of the process that held this rank."""

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainonce.errors import EncodingError
 from trainonce.wire import encoding
+from trainonce.wire.messages import Mirror as MirrorMessage
 from trainonce.wire.messages import Note
 from trainonce.worker.copies import assign_tree
 from trainonce.worker.kept import MOST_RESULTS, KeptValues, join, split
-from trainonce.worker.large import Kept
-from trainonce.worker.mirror import Place
+from trainonce.worker.mirror import Mirror
 from trainonce.worker.operation import OpState
-from trainonce.worker.own_mirror import OwnMirror
 from trainonce.worker.values import MAX_MEANS, LazyMean, merged, outline
 from trainonce.worker.variables import NOTHING, Taken, Variables
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from trainonce.worker.spare import Promotion
     from trainonce.worker.state import Protected
 
+_SLACK_BYTES = 64 << 10
 # A larger result of a collective between steps is not kept: it would be written at each commit.
 _MOST_RESULT_BYTES = 1 << 20
 
@@ -66,7 +66,7 @@ class LocalState:
     ) -> None:
         self.user: dict[str, Any] = {}
         self.values = KeptValues(self._tell_value_not_kept)
-        self.mirror = OwnMirror(world_size, promotion, notify)
+        self.mirror: Mirror | None = None
         self.payload = b""
         """What was published at the last commit."""
         self._world_size = world_size
@@ -78,7 +78,7 @@ class LocalState:
         self._notify = notify
         self._head: tuple[dict[str, Any], Any, bytes] | None = None
         self._collectives: deque[tuple[Position, Op]] = deque(maxlen=MOST_RESULTS)
-        self.variables = Variables(self.mirror.keep)
+        self.variables = Variables()
         self._variables = NOTHING
         self._opening: tuple[Position, Taken] | None = None
 
@@ -111,8 +111,10 @@ class LocalState:
             shares = [mean.local for mean in means]
         head = self._head_of(protected, position, means, shares)
         payload = self._encode(head, position, means, final=final, returns=returns)
-        places = [place for *_, place in self.variables.large.present]
-        self.mirror.publish(commits, payload, places, final=final)
+        if self.mirror is None or not self.mirror.fits(len(payload)):
+            self._grow_mirror(len(payload))
+        assert self.mirror is not None
+        self.mirror.publish(commits, payload, final=final)
         if final:
             self.payload = payload
 
@@ -137,7 +139,7 @@ class LocalState:
         Returns:
             What was taken; the same as before where nothing has changed.
         """
-        self._variables = self.variables.take(caller, begins=position is not None)
+        self._variables = self.variables.take(caller)
         if position is not None and self._opening is None:
             self._opening = (position, self._variables)
         return self._variables
@@ -195,7 +197,6 @@ class LocalState:
             "buffers": protected.local_buffers() if protected.has_buffers else {},
             "hooks": protected.hooks.read(),
             "modes": protected.modes.read(),
-            "large": [[key, name, *place] for key, name, place in self.variables.large.present],
             "loops": self._loops.record(),
             "passes": self._passes.record(),
             "means": shares,
@@ -243,6 +244,15 @@ class LocalState:
         self._head = (head, returns, encoded) if plain else None
         return encoded
 
+    def _grow_mirror(self, payload_bytes: int) -> None:
+        old, self.mirror = self.mirror, Mirror.create(2 * payload_bytes + _SLACK_BYTES)
+        for record in old.records() if old is not None else ():
+            self.mirror.publish(record.commits, record.payload, final=record.final)
+        message = MirrorMessage(rank=self._promotion.rank, size_bytes=self.mirror.size_bytes)
+        self._notify(message, (self.mirror.fd,))
+        if old is not None:
+            old.close()
+
     def _tell_value_not_kept(self, error: EncodingError) -> None:
         self._notify(
             Note(
@@ -253,6 +263,15 @@ class LocalState:
         )
 
     # ------------------------------------------------------------------ taking over
+
+    def adopt_mirror(self, fd: int) -> None:
+        """Go on with the mirror of the process that held this rank."""
+        self.mirror = Mirror(fd)
+
+    def find(self, commits: int) -> bytes | None:
+        """Return what the predecessor published for `commits` committed steps."""
+        found = self.mirror.find(commits) if self.mirror is not None else None
+        return None if found is None else found.payload
 
     def returned(self) -> Any:
         """Return the outline of what the last committed step returned; None if that is lost."""
@@ -287,14 +306,13 @@ class LocalState:
         """
         head, variables, *values = split(payload)
         record = encoding.decode(head)
-        large, values = self._read_large(record.get("large", []), values, commits)
         # Of those that its process did not come to, the others know the average.
         unknown = [math.nan] * (MAX_MEANS - len(record["means"]))
         means = [LazyMean(local, i) for i, local in enumerate((*record["means"], *unknown))]
         at, opening = record.get("opening") or (None, b"")
         self._opening = None if at is None else (at, Taken.of(opening))
         self._variables = Taken.of(variables)
-        self.variables.restore(variables, opening, means, large)
+        self.variables.restore(variables, opening, means)
         self._cursor.committed = record["position"]
         self._cursor.behind = record["position"] is not None
         self.values.restore(values, means)
@@ -315,43 +333,3 @@ class LocalState:
         self._progress["tokens"] = record["tokens"]
         self.payload = payload
         return means
-
-    # ------------------------------------------------------------------ large variables
-
-    def whole_payload(self) -> bytes:
-        """Return `payload` with the large variables in it, for where there is no mirror."""
-        head, *rest = split(self.payload)
-        record = encoding.decode(head)
-        large = record.get("large", [])
-        if not large or _are_inside(large):
-            return self.payload
-        record["large"] = [[key, name] for key, name, *_ in large]
-        data = [self.mirror.read(Place(*place)) for _, _, *place in large]
-        return join([encoding.encode(record), *map(bytes, rest), *data])
-
-    def _read_large(
-        self, listed: list[list[Any]], parts: list[memoryview], commits: int
-    ) -> tuple[list[Kept], list[memoryview]]:
-        """Return the large variables of a record, and the other parts behind its head.
-
-        Args:
-            listed: What the record says of them.
-            parts: Parts of the payload; they are the last of them if it is a whole one.
-            commits: Committed steps of the record.
-        """
-        found: list[Kept] = []
-        if _are_inside(listed):
-            count = len(parts) - len(listed)
-            for (key, name), data in zip(listed, parts[count:], strict=True):
-                found.append(Kept(key, name, bytes(data), None))
-            return found, parts[:count]
-        for key, name, *at in listed:
-            place = Place(*at)
-            found.append(Kept(key, name, self.mirror.read(place), place))
-        self.mirror.hold(commits, [each.place for each in found if each.place is not None])
-        return found, parts
-
-
-def _are_inside(large: list[list[Any]]) -> bool:
-    """Tell whether large variables lie in the payload itself, as their list says."""
-    return bool(large) and len(large[0]) == 2

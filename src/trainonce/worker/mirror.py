@@ -6,12 +6,6 @@ ahead of the last, and what is announced ahead of the commit in flight: a surviv
 commit behind until this rank's last collective of the step is complete, and then the one before
 the last is asked for. What is announced anew for the same commit replaces what was, and a commit
 does not, so that a process killed in the middle of a write leaves both commits intact.
-
-Behind the slots is an area for what is too large to be written with every commit. The records say
-what lies where in it; what they do not mention is free.
-
-The file, little-endian: a page with its format and the size of a slot; the slots, each a header
-and a payload; the area.
 """
 
 from __future__ import annotations
@@ -22,14 +16,11 @@ import struct
 import zlib
 from typing import NamedTuple
 
-import xxhash
-
 from trainonce.errors import StateError
 
-_FILE = struct.Struct("<4sIQ")  # magic, format, bytes of a slot
 _HEADER = struct.Struct("<4sIQQQII")  # magic, format, serial, commits, length, final, checksum
 _MAGIC = b"TOMi"
-_FORMAT = 2
+_FORMAT = 1
 _SLOTS = 4
 _ALIGN = 4096
 
@@ -48,20 +39,6 @@ class Record(NamedTuple):
     payload: bytes
 
 
-class Place(NamedTuple):
-    """A part of the area behind the slots.
-
-    Attributes:
-        offset: In bytes.
-        size: In bytes.
-        checksum: XXH3-64 of what lies there.
-    """
-
-    offset: int
-    size: int
-    checksum: int = 0
-
-
 class Mirror:
     """One rank's shared memory.
 
@@ -71,74 +48,32 @@ class Mirror:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.size_bytes = os.fstat(fd).st_size
-        """Size of the memory, slots and area together."""
-        if self.size_bytes < (_SLOTS + 1) * _ALIGN:
-            raise StateError(f"a mirror of {self.size_bytes} bytes is too small to be one")
-        self._map = mmap.mmap(fd, self.size_bytes)
-        magic, version, self._slot_bytes = _FILE.unpack_from(self._map)
-        self._area = _ALIGN + _SLOTS * self._slot_bytes
-        if magic != _MAGIC or version != _FORMAT or self._area > self.size_bytes:
-            raise StateError("a mirror does not begin as one")
+        size = os.fstat(fd).st_size
+        if size < _SLOTS * _ALIGN:
+            raise StateError(f"a mirror of {size} bytes is too small to be one")
+        self._slot_bytes = size // _SLOTS
+        self._map = mmap.mmap(fd, size)
         self._serial, self._slot, newest = max(
             self._valid(), default=(0, _SLOTS - 1, None), key=lambda found: found[0]
         )
         self._ahead = newest.commits if newest is not None and not newest.final else None
 
     @classmethod
-    def create(cls, payload_bytes: int, area_bytes: int = 0) -> Mirror:
-        """Make a mirror whose slots hold at least `payload_bytes` each.
-
-        Raises:
-            OSError: There is not enough memory for the area.
-        """
+    def create(cls, payload_bytes: int) -> Mirror:
+        """Make a mirror whose slots hold at least `payload_bytes` each."""
         slot = -(-(payload_bytes + _HEADER.size) // _ALIGN) * _ALIGN
-        area = _ALIGN + slot * _SLOTS
         fd = os.memfd_create("trainonce-mirror", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, area)
-            if area_bytes:
-                # Not just its size: a page that cannot be had would be a SIGBUS later.
-                os.posix_fallocate(fd, area, area_bytes)
-            os.pwrite(fd, _FILE.pack(_MAGIC, _FORMAT, slot), 0)
-        except OSError:
-            os.close(fd)
-            raise
+        os.ftruncate(fd, slot * _SLOTS)
         return cls(fd)
 
     @property
-    def area_bytes(self) -> int:
-        """Size of the area behind the slots."""
-        return self.size_bytes - self._area
-
-    def write(self, place: Place, data: bytes) -> Place:
-        """Write to a free place of the area; return it with the checksum."""
-        begin = self._area + place.offset
-        self._map[begin : begin + len(data)] = data
-        return place._replace(checksum=xxhash.xxh3_64_intdigest(data))
-
-    def read(self, place: Place) -> bytes:
-        """Return what lies in a place of the area; nothing where that is something else by now."""
-        begin = self._area + place.offset
-        data = self._map[begin : begin + place.size]
-        return data if xxhash.xxh3_64_intdigest(data) == place.checksum else b""
-
-    @property
-    def payload_bytes(self) -> int:
-        """Most that can be published in one record."""
-        return self._slot_bytes - _HEADER.size
+    def size_bytes(self) -> int:
+        """Size of the memory, all slots together."""
+        return self._slot_bytes * _SLOTS
 
     def fits(self, payload_bytes: int) -> bool:
         """Tell whether a payload of this size can be published."""
-        return payload_bytes <= self.payload_bytes
-
-    def take_over(self, other: Mirror) -> None:
-        """Copy what another mirror holds, which is no larger."""
-        if other.area_bytes:
-            with memoryview(other._map) as view, view[other._area :] as area:
-                self._map[self._area : self._area + len(area)] = area
-        for record in other.records():
-            self.publish(record.commits, record.payload, final=record.final)
+        return payload_bytes + _HEADER.size <= self._slot_bytes
 
     def publish(self, commits: int, payload: bytes, *, final: bool) -> None:
         """Write a record. Atomic: readers see all of it or none."""
@@ -146,7 +81,7 @@ class Mirror:
         if final or self._ahead != commits:
             self._slot = (self._slot + 1) % _SLOTS
         self._ahead = None if final else commits
-        base = self._base(self._slot)
+        base = self._slot * self._slot_bytes
         begin = base + _HEADER.size
         # The header goes invalid first and valid last, so a torn write is never believed.
         self._map[base : base + 4] = b"\0\0\0\0"
@@ -170,18 +105,15 @@ class Mirror:
         self._map.close()
         os.close(self.fd)
 
-    def _base(self, slot: int) -> int:
-        return _ALIGN + slot * self._slot_bytes
-
     def _valid(self) -> list[tuple[int, int, Record]]:
         """Return serial number, slot and record of each slot that is intact."""
         found: list[tuple[int, int, Record]] = []
         for slot in range(_SLOTS):
-            base = self._base(slot)
+            base = slot * self._slot_bytes
             magic, version, serial, commits, length, final, checksum = _HEADER.unpack(
                 self._map[base : base + _HEADER.size]
             )
-            if magic != _MAGIC or version != _FORMAT or length > self.payload_bytes:
+            if magic != _MAGIC or version != _FORMAT or length > self._slot_bytes - _HEADER.size:
                 continue
             payload = self._map[base + _HEADER.size : base + _HEADER.size + length]
             if zlib.crc32(payload, serial & 0xFFFFFFFF) == checksum:

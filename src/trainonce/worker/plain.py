@@ -74,11 +74,6 @@ def not_plain(_value: Any, _limit: int) -> int:
     return -1
 
 
-def module(_value: Any, _limit: int) -> int:
-    """Refuse to measure a module, of which it may be told that it does not come along."""
-    return -1
-
-
 def _text(value: str | bytes, _limit: int) -> int:
     return 1 if len(value) <= _MOST_CHARACTERS else -1
 
@@ -97,9 +92,7 @@ class _Measures(dict[type, Measure]):
 
     def __missing__(self, kind: type) -> Measure:
         found: Measure = _array if issubclass(kind, np.generic) else not_plain
-        if issubclass(kind, torch.nn.Module):
-            found = module
-        elif _is_of_the_user(kind.__module__) and "__dict__" in dir(kind):
+        if _is_of_the_user(kind.__module__) and "__dict__" in dir(kind):
             found = not_plain if hasattr(kind, "state_dict") else own_object
         return self.setdefault(kind, found)
 

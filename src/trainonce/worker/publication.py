@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from trainonce import settings
-from trainonce.errors import CollectiveError
+from trainonce.errors import CollectiveError, ConfigError
 from trainonce.wire.messages import Note
 from trainonce.worker.foreseen import reports_of, stood_in_variables
 from trainonce.worker.step import UpdateKind
@@ -53,7 +53,7 @@ class Publication:
         self._local = local
         self._protected = protected
         self._notify = notify
-        self._most_copied_bytes = settings.megabytes(settings.EXACT_RETURNS_MB, _MOST_COPIED_MB)
+        self._most_copied_bytes = _most_copied_bytes()
         self.waits = False
         """Whether ranks wait for each other now, in a collective of ours."""
 
@@ -243,6 +243,20 @@ class Publication:
             yield
         finally:
             self.waits = self._fabric.settling = False
+
+
+def _most_copied_bytes() -> float:
+    given = settings.EXACT_RETURNS_MB.get()
+    try:
+        megabytes = _MOST_COPIED_MB if given is None else float(given)
+    except ValueError:
+        megabytes = -1.0
+    if not megabytes >= 0:  # not a number, among others
+        raise ConfigError(
+            f"{settings.EXACT_RETURNS_MB.name} is {given!r}",
+            hint="give a number of megabytes, 0 for none",
+        )
+    return 1e6 * megabytes
 
 
 def _late_report(size: int, most: float, *, exact: bool) -> str:

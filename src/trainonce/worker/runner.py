@@ -174,7 +174,6 @@ class Runner:
     def protect(self, protected: Protected) -> None:
         """Take the state that must survive."""
         self.protected = protected
-        self.local.variables.large.owned = protected.addresses
         if self.fabric is not None:
             self.publication = Publication(self.fabric, self.local, protected, self.notify)
         for optimizer in protected.optimizers.values():
@@ -266,6 +265,7 @@ class Runner:
         self.local.publish(
             self.protected, self.cursor.committed, self.commits, self.means.waiting, final=True
         )
+        assert self.local.mirror is not None
         self.restored()
         self.notify(
             Ready(

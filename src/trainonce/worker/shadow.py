@@ -16,6 +16,7 @@ import struct
 import threading
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,6 @@ import xxhash
 from trainonce.errors import ConfigError, RecoveryError
 from trainonce.wire.messages import Note
 from trainonce.wire.messages import Shadow as ShadowMessage
-from trainonce.worker.free_memory import SHARE, available_bytes
 from trainonce.worker.transfer import as_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ _PAGE = 4096
 # Copied and then taken into the checksum while it is in the cache.
 _PIECE_BYTES = 4 << 20
 _SLACK_BYTES = 256 << 10
+# Of the memory that is free, what all shadows of this host may take.
+_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class ShadowMemory:
         """
         slot = -(-(content_bytes + _PAGE) // _PAGE) * _PAGE
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        available = available_bytes()
-        if slot * _SLOTS * ranks > SHARE * available:
+        available = _available_bytes()
+        if slot * _SLOTS * ranks > _SHARE * available:
             raise MemoryError(
                 f"{ranks} times {slot * _SLOTS >> 20} MiB, and {available >> 20} MiB are free"
             )
@@ -351,3 +353,10 @@ def check_redundancy(required: int, table: Sequence[str], *, shadow: bool) -> No
 def _some(ranks: list[int]) -> str:
     more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
     return ", ".join(map(str, ranks[:4])) + more
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 1 << 62

@@ -267,10 +267,6 @@ class Protected:
         """Return the replicated state itself, not a copy."""
         return Image(self.replicated(), self.states.scalars())
 
-    def addresses(self) -> frozenset[int]:
-        """Return where the memory of replicated tensors begins."""
-        return frozenset(each.untyped_storage().data_ptr() for _, each in self.replicated())
-
     # ------------------------------------------------------------------ giving and taking
 
     @property

@@ -3,8 +3,7 @@
 Counters, sums, the best metric so far, lists of a few numbers: whatever has changed since the first
 step, in the frames that lead to a step's call, and in the user's own objects there. A process
 that takes a rank over has come to the last commit by another way (loops that it left out, values
-that are lost); there it gets the variables that its predecessor had. Larger ones take a way of
-their own (`large`).
+that are lost); there it gets the variables that its predecessor had.
 """
 
 from __future__ import annotations
@@ -18,17 +17,14 @@ from trainonce import settings
 from trainonce.errors import EncodingError
 from trainonce.wire import encoding
 from trainonce.worker.copies import assign_tree, copy_tree
-from trainonce.worker.large import LargeVariables
-from trainonce.worker.plain import container, module, same
+from trainonce.worker.plain import container, same
 from trainonce.worker.scopes import scopes
 from trainonce.worker.values import holds_means, pack_settled, unpack_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from types import FrameType
 
-    from trainonce.worker.large import Kept
-    from trainonce.worker.mirror import Place
     from trainonce.worker.plain import Measure
     from trainonce.worker.scopes import Scope
     from trainonce.worker.values import LazyMean
@@ -135,14 +131,9 @@ NOTHING = Taken.of(b"")
 
 
 class Variables:
-    """What is known of the variables around the calls of steps.
+    """What is known of the variables around the calls of steps."""
 
-    Args:
-        keep: Keeps the large ones, as `LargeVariables` says.
-    """
-
-    def __init__(self, keep: Callable[[bytes, list[Place]], Place | None]) -> None:
-        self.large = LargeVariables(keep)
+    def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
         self._taken = NOTHING
         self._names: list[Any] = []
@@ -151,24 +142,22 @@ class Variables:
         self._opening: dict[str, dict[str, Any]] = {}
         self._is_on = settings.VARIABLES.get() != "0"
         self._left_out: set[str] = set()
-        self._identities: dict[tuple[str, str], tuple[int, int]] = {}
+        self._large: dict[tuple[str, str], tuple[int, int]] = {}
         self.missing: list[str] = []
         """Variables of the predecessor that were too large to be taken."""
 
-    def take(self, frame: FrameType, *, begins: bool = False) -> Taken:
+    def take(self, frame: FrameType) -> Taken:
         """Return the variables that have changed since the first call.
 
         Args:
             frame: Where the step is called.
-            begins: The step is about to begin.
         """
         if not self._is_on:
             return NOTHING
-        self.large.begin(step=begins)
         found: dict[str, dict[str, Any]] = {}
         averages: list[tuple[str, str]] = []
         is_new = False
-        for scope, present in self._look(frame, takes=True):
+        for scope, present in self._look(frame):
             scope.let_go()
             known = self._known[scope.key]
             is_new |= known.update(present)
@@ -187,15 +176,8 @@ class Variables:
             for scope, _ in self._look(frame):
                 scope.let_go()
 
-    def _look(
-        self, frame: FrameType, *, takes: bool = False
-    ) -> Iterator[tuple[Scope, dict[str, Any]]]:
-        """Yield the scopes around a call with what is plain in them, and note what is new.
-
-        Args:
-            frame: Of the call.
-            takes: What has changed is to be kept.
-        """
+    def _look(self, frame: FrameType) -> Iterator[tuple[Scope, dict[str, Any]]]:
+        """Yield the scopes around a call with what is plain in them, and note what is new."""
         looks: list[tuple[Scope, dict[str, Any], list[tuple[str, Measure]]]] = []
         total = 0
         for scope in scopes(frame):
@@ -205,9 +187,7 @@ class Variables:
                 if 0 <= size <= _MOST_PARTS:
                     total += size
                 else:
-                    value = present.pop(name)
-                    if not self._is_kept(scope.key, name, value, takes=takes):
-                        self._leave_out(scope.key, name, value, measure, size)
+                    self._leave_out(scope.key, name, present.pop(name), measure, size)
             looks.append((scope, present, measured))
         if total > _MOST_PARTS:
             self._leave_out_largest(looks, total)
@@ -216,15 +196,6 @@ class Variables:
                 first = {name: copy_tree(value) for name, value in present.items()}
                 self._known[scope.key] = _Known(first, dict(first))
             yield scope, present
-
-    def _is_kept(self, key: str, name: str, value: Any, *, takes: bool) -> bool:
-        """Tell whether a variable that is not plain, or too large, comes along all the same."""
-        if key not in self._known:
-            self.large.first(key, name, value, takes=takes)
-        elif takes and self.large.look(key, name, value):
-            self._left_out.discard(name)
-            return True
-        return False
 
     def _leave_out_largest(
         self, looks: list[tuple[Scope, dict[str, Any], list[tuple[str, Measure]]]], total: int
@@ -244,30 +215,24 @@ class Variables:
 
     def _leave_out(self, key: str, name: str, value: Any, measure: Measure, size: int) -> None:
         """Take note of a variable that does not come along, if that will be missed."""
-        if measure is module:
-            is_missed = self._has_changed(key, name, value, 0) and self.large.is_apart(value)
-            if not is_missed:
-                self._identities[key, name] = (id(value), 0)
-        else:
-            is_missed = size > _MOST_PARTS or _would_be_missed(value)
-            if is_missed and measure is container:
-                is_missed = self._has_changed(key, name, value, len(value))
+        is_missed = size > _MOST_PARTS or _would_be_missed(value)
+        if is_missed and measure is container:
+            is_missed = self._has_changed(key, name, value)
         if is_missed:
             self._left_out.add(name)
 
-    def _has_changed(self, key: str, name: str, value: Any, length: int) -> bool:
-        """Tell whether what does not come along is new, another or longer by now."""
-        identity = (id(value), length)
+    def _has_changed(self, key: str, name: str, value: Any) -> bool:
+        """Tell whether a container that does not come along is new, another or longer by now."""
+        large = (id(value), len(value))
         if key not in self._known:
-            self._identities[key, name] = identity
-        return self._identities.get((key, name)) != identity
+            self._large[key, name] = large
+        return self._large.get((key, name)) != large
 
     def restore(
         self,
         data: bytes | memoryview,
         opening: bytes | memoryview = b"",
         means: Sequence[LazyMean] = (),
-        large: Iterable[Kept] = (),
     ) -> None:
         """Remember what a predecessor took, for `assign`.
 
@@ -275,10 +240,8 @@ class Variables:
             data: At the last commit.
             opening: Where the first step of that iteration was called, if that was another one.
             means: Those of the last commit's step.
-            large: The large ones.
         """
-        found, left_out = encoding.decode(data) if len(data) else ({}, [])
-        self.missing = [*left_out, *self.large.restore(large)]
+        found, self.missing = encoding.decode(data) if len(data) else ({}, [])
         self._restored = unpack_value(found, means)
         first = encoding.decode(opening)[0] if len(opening) else found
         self._opening = unpack_value(first, means)
@@ -295,10 +258,6 @@ class Variables:
         for scope, _ in self._look(frame) if self._is_on and self._opening else ():
             for name, value in self._opening.get(scope.key, {}).items():
                 scope.values[name] = assign_tree(scope.values.get(name), copy_tree(value))
-            # As of the commit: what matters is that they are there.
-            for name, value in self.large.of(scope.key).items():
-                if type(scope.values.get(name)) is not type(value):
-                    scope.values[name] = copy_tree(value)
             scope.write()
 
     def assign(self, frame: FrameType) -> None:
@@ -316,11 +275,7 @@ class Variables:
                     scope.values[name] = assign_tree(value, copy_tree(known.first[name]))
             for name, value in wanted.items():
                 scope.values[name] = assign_tree(scope.values.get(name), value)
-            for name, value in self.large.of(scope.key).items():
-                scope.values[name] = assign_tree(scope.values.get(name), value)
-                self.large.adopt(scope.key, name, scope.values[name])
             scope.write()
-        self.large.forget_restored()
         self._restored = self._opening = {}
 
 

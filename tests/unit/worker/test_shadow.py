@@ -118,7 +118,7 @@ def test_redundancy_that_is_promised_counts_replicas_and_the_shadow():
 
 
 def test_without_memory_none_is_kept_and_that_is_said_once(monkeypatch):
-    monkeypatch.setattr("trainonce.worker.shadow.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("trainonce.worker.shadow._available_bytes", lambda: 1 << 20)
     told = []
     shadow = Shadow(lambda message, fds=(): told.append(message))
     shadow.settle(["a"])

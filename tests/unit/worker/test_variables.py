@@ -13,15 +13,11 @@ from trainonce.worker.values import LazyMean
 from trainonce.worker.variables import Variables
 
 
-def no_room(_data, _used):
-    """Keep no large variable: what comes of them is in test_large."""
-
-
 class Training:
     """A script in which `call` stands for a step, before and after its process was lost."""
 
     def __init__(self):
-        self.variables = Variables(no_room)
+        self.variables = Variables()
         self.taken = b""
         self.takes_over = False
 
@@ -274,13 +270,13 @@ def test_averages_that_a_script_keeps_come_along():
 
 
 def test_what_holds_an_average_of_the_step_at_hand_is_encoded_anew_with_the_next():
-    variables, means = Variables(no_room), [[LazyMean(1.0, 0)], [LazyMean(2.0, 0)]]
+    variables, means = Variables(), [[LazyMean(1.0, 0)], [LazyMean(2.0, 0)]]
     kept = []
     frame = sys._getframe()
     variables.take(frame)
     kept.append(means[0][0])
     newcomers = [LazyMean(float("nan"), 0)]
-    newcomer = Variables(no_room)
+    newcomer = Variables()
     newcomer.restore(variables.take(frame).encoded(means[0]), means=newcomers)
     assert newcomer._restored[scope_key_of(frame)]["kept"] == newcomers
     means[0][0].resolve(lambda: 1.5)
@@ -305,7 +301,7 @@ def test_an_average_that_is_there_at_the_first_look_of_a_newcomer_comes_along():
 
 
 def test_a_look_does_not_wait_for_averages():
-    variables, kept = Variables(no_room), []
+    variables, kept = Variables(), []
     variables.take(sys._getframe())
     mean, read = LazyMean(1.0, 0), []
     mean.resolve(lambda: read.append(True) or 2.0)

@@ -84,8 +84,10 @@ class OwnMirror:
         area_bytes = 0 if self._mirror is None else self._mirror.area_bytes
         place = first_fit(taken, len(data), area_bytes)
         if place is None:
-            # Twice what is there, for what is to replace it.
+            # Twice what is there, for what is to replace it; and never only small gaps.
+            end = max((each.offset + each.size for each in taken), default=0)
             area_bytes = 2 * (len(data) + sum(each.size for each in taken))
+            area_bytes = max(area_bytes, end + len(data))
             if area_bytes > SHARE * available_bytes() / self._world_size:
                 return self._tell_no_room(f"{area_bytes / 1e6:.0f} MB a rank")
             try:

@@ -6,6 +6,7 @@ import pytest
 
 from trainonce.wire.messages import Mirror as MirrorMessage
 from trainonce.wire.messages import Note
+from trainonce.worker.mirror import Place
 from trainonce.worker.own_mirror import OwnMirror
 
 
@@ -73,6 +74,13 @@ def test_what_a_record_mentions_is_not_overwritten_while_it_may_be_asked_for(own
     assert own.keep(b"end" * 1000, [new])[:2] == place[:2]
     assert own.size_bytes == size
     assert own.read(place) == b""  # and not what is there now
+
+
+def test_a_large_variable_goes_behind_the_others_where_all_gaps_are_too_small(own):
+    used = [Place(999, 1), Place(1999, 1), Place(2999, 1)]
+    place = own.keep(b"x" * 1000, used)
+    assert place[:2] == (3000, 1000)
+    assert own.read(place) == b"x" * 1000
 
 
 def test_without_memory_nothing_is_kept_and_that_is_told(own, monkeypatch):

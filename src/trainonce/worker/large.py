@@ -286,6 +286,7 @@ def _take_apart(value: Any, shape: list[Any], tensors: list[torch.Tensor], deep:
     else:
         shape.append(len(value))
         if isinstance(value, dict):
+            shape += map(type, value)
             shape += value
             value = value.values()
         kinds = set(map(type, value))

@@ -81,7 +81,7 @@ class Taken:
     Args:
         found: By scope and name, copied.
         averages: Scope and name of those with averages.
-        left_out: Names of what is too large; grows by what has no encoding.
+        left_out: Scope and name of what is too large; grows by what has no encoding.
         data: All of it, if it is encoded.
     """
 
@@ -89,7 +89,7 @@ class Taken:
         self,
         found: dict[str, dict[str, Any]],
         averages: list[tuple[str, str]],
-        left_out: set[str],
+        left_out: set[tuple[str, str]],
         data: bytes | None = None,
     ) -> None:
         self._found = found
@@ -122,13 +122,16 @@ class Taken:
 
     def _encode(self, found: dict[str, dict[str, Any]]) -> bytes:
         try:
-            return encoding.encode([found, sorted(self._left_out)])
+            return encoding.encode([found, self._names_left_out()])
         except EncodingError:  # in a script that keeps its `locals()`, say: they hold themselves
-            for values in found.values():
+            for key, values in found.items():
                 for name in [name for name, value in values.items() if not _has_encoding(value)]:
                     del values[name]
-                    self._left_out.add(name)
-            return encoding.encode([found, sorted(self._left_out)])
+                    self._left_out.add((key, name))
+            return encoding.encode([found, self._names_left_out()])
+
+    def _names_left_out(self) -> list[str]:
+        return sorted({name for _, name in self._left_out})
 
 
 NOTHING = Taken.of(b"")
@@ -150,7 +153,7 @@ class Variables:
         self._restored: dict[str, dict[str, Any]] = {}
         self._opening: dict[str, dict[str, Any]] = {}
         self._is_on = settings.VARIABLES.get() != "0"
-        self._left_out: set[str] = set()
+        self._left_out: set[tuple[str, str]] = set()
         self._identities: dict[tuple[str, str], tuple[int, int]] = {}
         self.missing: list[str] = []
         """Variables of the predecessor that were too large to be taken."""
@@ -175,7 +178,7 @@ class Variables:
             changed, last = known.changed, known.last
             found[scope.key] = {name: last[name] for name in present if name in changed}
             averages += [(scope.key, name) for name in known.averages if name in found[scope.key]]
-        names = [len(self._left_out), *((key, *values) for key, values in found.items())]
+        names = [frozenset(self._left_out), *((key, *values) for key, values in found.items())]
         if is_new or names != self._names:
             self._taken = Taken(found, averages, self._left_out)
             self._names = names
@@ -222,7 +225,7 @@ class Variables:
         if key not in self._known:
             self.large.first(key, name, value, takes=takes)
         elif takes and self.large.look(key, name, value):
-            self._left_out.discard(name)
+            self._left_out.discard((key, name))
             return True
         return False
 
@@ -245,6 +248,8 @@ class Variables:
     def _leave_out(self, key: str, name: str, value: Any, measure: Measure, size: int) -> None:
         """Take note of a variable that does not come along, if that will be missed."""
         if measure is module:
+            if (key, name) in self._left_out:
+                return  # to look for its parameters among what is protected takes a while
             is_missed = self._has_changed(key, name, value, 0) and self.large.is_apart(value)
             if not is_missed:
                 self._identities[key, name] = (id(value), 0)
@@ -253,7 +258,7 @@ class Variables:
             if is_missed and measure is container:
                 is_missed = self._has_changed(key, name, value, len(value))
         if is_missed:
-            self._left_out.add(name)
+            self._left_out.add((key, name))
 
     def _has_changed(self, key: str, name: str, value: Any, length: int) -> bool:
         """Tell whether what does not come along is new, another or longer by now."""

@@ -262,6 +262,43 @@ def test_another_kind_of_value_is_a_change():
     assert (run.copies, run.names) == (1, ["kept"])
 
 
+def test_tensors_as_keys_are_a_change():
+    run, kept, weight = Run(), {0: torch.ones(100)}, torch.zeros(3)
+    for step in range(9):
+        run.call()
+        kept = {weight: kept[0]} if step == 4 else kept
+    assert weight in kept
+    assert run.names == []
+
+
+def test_one_that_is_left_out_is_named_though_another_of_that_name_comes_along(monkeypatch):
+    class Keeper:
+        best = None
+
+    monkeypatch.setenv("TRAINONCE_LARGE_VARIABLES_MB", "0.001")
+    run, keeper, best = Run(), Keeper(), None
+    for step in range(6):
+        run.call()
+        if step == 2:
+            best = {"a.weight": torch.ones(1000)}
+            keeper.best = {"a.weight": torch.ones(100)}
+    assert best is not None
+    assert run.names == ["best"]
+    newcomer = Run()
+    newcomer.variables.restore(run.taken)
+    assert newcomer.variables.missing == ["best"]
+
+
+def test_a_module_that_was_named_is_not_looked_at_again():
+    run, looks, best = Run(), [], None
+    run.variables.large.owned = lambda: looks.append(1) or frozenset()
+    for step in range(8):
+        run.call()
+        best = torch.nn.Linear(2, 2) if step == 2 else best
+    assert best is not None
+    assert len(looks) == 1
+
+
 def test_what_is_restored_is_at_once_what_the_next_record_mentions():
     run = Run()
     train(run, 3)

@@ -124,6 +124,8 @@ class LargeVariables:
         """Addresses of the memory that is protected anyway."""
         self.present: list[tuple[str, str, Place]] = []
         """Scope, name and place of those that come along, as of the last look."""
+        self.num_changes = 0
+        """How often one was found to be another than before, or new."""
         self._keep = keep
         self._seen: dict[tuple[str, str], _Seen] = {}
         self._restored: dict[str, dict[str, tuple[Any, Place | None]]] = {}
@@ -173,6 +175,7 @@ class LargeVariables:
                 return False
             changes = 0 if rested or seen is None else seen.changes + 1
             seen = _Seen(_Fingerprint(value), self._step, has_changed=True, changes=changes)
+            self.num_changes += 1
             seen.skip_to = self._step + min(2**changes // 2, _MOST_SKIPPED)
             self._seen[key, name] = seen
         seen.looked_at = self._step

@@ -157,6 +157,7 @@ class LocalState:
             "state": self.user,
             "buffers": protected.local_buffers(),
             "modes": protected.modes.read(),
+            "large": self.variables.large.num_changes,
         }
         return encoding.encode(kept) + self._variables.encoded(means)
 

@@ -149,7 +149,7 @@ class Variables:
         self._known: dict[str, _Known] = {}
         self._taken = NOTHING
         self._names: list[Any] = []
-        """Of what was taken, and of what is too large for that."""
+        """Of what was taken, and of what is too large for that; and changes of large ones."""
         self._restored: dict[str, dict[str, Any]] = {}
         self._opening: dict[str, dict[str, Any]] = {}
         self._is_on = settings.VARIABLES.get() != "0"
@@ -178,7 +178,8 @@ class Variables:
             changed, last = known.changed, known.last
             found[scope.key] = {name: last[name] for name in present if name in changed}
             averages += [(scope.key, name) for name in known.averages if name in found[scope.key]]
-        names = [frozenset(self._left_out), *((key, *values) for key, values in found.items())]
+        names = [(key, *values) for key, values in found.items()]
+        names += [frozenset(self._left_out), self.large.num_changes]
         if is_new or names != self._names:
             self._taken = Taken(found, averages, self._left_out)
             self._names = names

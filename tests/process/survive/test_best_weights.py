@@ -49,6 +49,15 @@ def test_the_best_weights_come_along_with_a_checkpoint(calm, tmp_path):
     assert_same(result, calm("best_weights.py"))
 
 
+@pytest.mark.parametrize("moment", ["ahead", "late"])
+def test_what_a_step_itself_keeps_is_not_that_of_before(calm, tmp_path, moment):
+    script = SCRIPT.with_name("large_in_step.py")
+    chaos = "kill rank=1 step=10 point=updated"  # it has let the others commit
+    result = run_job(script, "--moment", moment, spares=1, chaos=chaos, home=tmp_path)
+    result.assert_fired("kill")
+    assert_same(result, calm("large_in_step.py", "--moment", moment))
+
+
 def test_weights_beyond_the_limit_are_named(tmp_path):
     env = {"TRAINONCE_LARGE_VARIABLES_MB": "0.001"}
     chaos = "kill rank=1 step=5 point=forward"

@@ -101,6 +101,8 @@ class _Seen:
     """Whether it has since the first look at its scope."""
     is_settled: bool = False
     """Whether it was copied as it is now, or cannot be."""
+    is_refused: bool = False
+    """Whether there was no room for that, or no encoding."""
     place: Place | None = None
     """Where its copy is."""
     looked_at: int = 0
@@ -182,19 +184,24 @@ class LargeVariables:
         if not seen.has_changed:
             return True
         if rested and not seen.is_settled:
-            seen.is_settled, seen.place = True, self._copy(value)
+            seen.is_settled = True
+            # What is protected changes with each step, and is there anyway: `net.state_dict()`.
+            if not self._any_owned(_taken_apart(value)[1]):
+                seen.place = self._copy(value)
+                seen.is_refused = seen.place is None
         if seen.place is not None:
             self.present.append((key, name, seen.place))
         return seen.place is not None
+
+    def is_refused(self, key: str, name: str) -> bool:
+        """Tell whether a variable was to be copied as it is now, and could not be."""
+        seen = self._seen.get((key, name))
+        return seen is not None and seen.is_refused
 
     def _copy(self, value: Any) -> Place | None:
         used = [seen.place for seen in self._seen.values() if seen.place is not None]
         size = (_size_of(value) or 0) + sum(place.size for place in used)
         if size > self._most_bytes:
-            return None
-        # What is protected changes with each step, and is there anyway: `best = net.state_dict()`.
-        _, tensors = _taken_apart(value)
-        if self._any_owned(tensors):
             return None
         try:
             return self._keep(encoding.encode(value), used)

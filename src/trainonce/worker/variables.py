@@ -228,6 +228,8 @@ class Variables:
         elif takes and self.large.look(key, name, value):
             self._left_out.discard((key, name))
             return True
+        elif takes and self.large.is_refused(key, name):
+            self._left_out.add((key, name))
         return False
 
     def _leave_out_largest(

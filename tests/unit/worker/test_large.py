@@ -199,13 +199,17 @@ def test_a_copied_module_is_named_and_what_is_there_from_the_beginning_is_not():
     assert newcomer.variables.missing == ["best"]
 
 
-def test_the_limit_holds_for_all_together(monkeypatch):
+@pytest.mark.parametrize(
+    "value", [{"a.weight": torch.ones(200)}, torch.ones(200), [torch.ones(200)]],
+    ids=["weights", "tensor", "list"],
+)  # fmt: skip
+def test_the_limit_holds_for_all_together(monkeypatch, value):
     monkeypatch.setenv("TRAINONCE_LARGE_VARIABLES_MB", "0.001")
     run, one, other = Run(), None, None
     for step in range(9):
         run.call()
         one = torch.ones(100) if step == 0 else one
-        other = {"a.weight": torch.ones(200)} if step == 3 else other
+        other = value if step == 3 else other
     assert one is not None
     assert other is not None
     assert run.names == ["one"]

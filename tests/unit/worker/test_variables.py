@@ -13,8 +13,14 @@ from trainonce.worker.values import LazyMean
 from trainonce.worker.variables import Variables
 
 
+@pytest.fixture(autouse=True)
+def no_large_ones(monkeypatch):
+    """Keep none: what comes of them is in test_large."""
+    monkeypatch.setenv("TRAINONCE_LARGE_VARIABLES_MB", "0")
+
+
 def no_room(_data, _used):
-    """Keep no large variable: what comes of them is in test_large."""
+    """Keep no large variable."""
 
 
 class Training:

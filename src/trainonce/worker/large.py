@@ -200,13 +200,14 @@ class LargeVariables:
 
     def _copy(self, value: Any) -> Place | None:
         used = [seen.place for seen in self._seen.values() if seen.place is not None]
-        size = (_size_of(value) or 0) + sum(place.size for place in used)
-        if size > self._most_bytes:
+        free = self._most_bytes - sum(place.size for place in used)
+        if (_size_of(value) or 0) > free:
             return None
         try:
-            return self._keep(encoding.encode(value), used)
+            data = encoding.encode(value)
         except EncodingError:
             return None
+        return self._keep(data, used) if len(data) <= free else None  # texts may be long, too
 
     def is_apart(self, module: torch.nn.Module) -> bool:
         """Tell whether a module has parameters, and none of them is protected: a copy."""

@@ -200,8 +200,8 @@ def test_a_copied_module_is_named_and_what_is_there_from_the_beginning_is_not():
 
 
 @pytest.mark.parametrize(
-    "value", [{"a.weight": torch.ones(200)}, torch.ones(200), [torch.ones(200)]],
-    ids=["weights", "tensor", "list"],
+    "value", [{"a.weight": torch.ones(200)}, torch.ones(200), [torch.ones(200)], "text" * 2000],
+    ids=["weights", "tensor", "list", "text"],
 )  # fmt: skip
 def test_the_limit_holds_for_all_together(monkeypatch, value):
     monkeypatch.setenv("TRAINONCE_LARGE_VARIABLES_MB", "0.001")

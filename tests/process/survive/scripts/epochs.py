@@ -2,9 +2,8 @@
 
 import torch
 import torch.distributed as dist
-from pieces import WIDTH, mlp
+from pieces import mlp, sines
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import TensorDataset
 
 import trainonce
 from trainonce.testing import record, state_digests
@@ -14,8 +13,7 @@ torch.manual_seed(0)
 model = DDP(mlp(1, torch.nn.Dropout(0.1)))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.8)
-x = torch.randn(48, WIDTH)
-dataset = TensorDataset(x, x.sum(dim=1, keepdim=True).sin())
+dataset = sines()
 loader = run.dataloader(dataset, batch_size=8, shuffle=True)
 run.protect(model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
 
@@ -33,7 +31,8 @@ def train(x, y, weight):
 def evaluate():
     model.eval()
     with torch.no_grad():
-        errors = ((model(x) - dataset.tensors[1]) ** 2).mean()
+        x, y = dataset.tensors
+        errors = ((model(x) - y) ** 2).mean()
     model.train()
     dist.all_reduce(errors)
     return float(errors)
